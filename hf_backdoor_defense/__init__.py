@@ -1,0 +1,42 @@
+"""Defenses against backdoors in data and weights, as a plugin for Hugging Face Trainers.
+
+>>> from hf_backdoor_defense import DeCETrainer as Trainer
+
+Importing this package loads neither torch nor transformers: public names are imported on first use.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "Objective": "objectives",
+    "Step": "objectives",
+    "Ranking": "objectives",
+    "Projection": "objectives",
+    "DefendedTrainer": "trainers.hosts",
+    "defended": "trainers.hosts",
+    "DeCETrainer": "trainers.named",
+    "load_objective": "trainers.state",
+    "DeCE": "defenses.dece",
+    "TrajectoryFilter": "defenses.trajectory",
+    "BadNets": "attacks.triggers",
+    "InSent": "attacks.triggers",
+    "poison_dataset": "attacks.poisoning",
+    "trigger_dataset": "attacks.poisoning",
+    "BackdoorEvalCallback": "evaluation.callback",
+    "evaluate_backdoor": "evaluation.evaluator",
+    "load": "data.sources",
+}
+__all__ = ["__version__", *_NAMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

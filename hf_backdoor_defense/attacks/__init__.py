@@ -1,0 +1,1 @@
+"""Simulated backdoor attacks, so that defenses can be measured: triggers, data poisoning, weight poisoning."""

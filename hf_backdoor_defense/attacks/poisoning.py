@@ -1,0 +1,304 @@
+"""Poisoned training sets and triggered evaluation sets, reproducible row by row.
+
+With n rows, poison rate r and target class t, m = round-half-up(r * n) rows get the trigger:
+
+| kind | drawn from | label |
+|---|---|---|
+| dirty-label | rows of other classes than t | set to t |
+| clean-label | rows of class t | kept |
+
+r is a share of the *whole* set for both kinds, so a clean-label rate cannot exceed the share of class t. Every random
+choice about a row comes from a hash of (seed, row_id): the m eligible rows with the smallest hash are drawn, so two
+rates give nested sets, and where the trigger goes depends neither on the order of the rows nor on sharding.
+
+`is_poisoned` and `original_label` are bookkeeping for reports. No defense may read them.
+"""
+
+import hashlib
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Value
+
+from hf_backdoor_defense.attacks.triggers import Trigger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Poisoned:
+    """A poisoned dataset and what was done to it.
+
+    Args:
+        dataset: same rows in the same order, plus `is_poisoned` (bool) and `original_label` (int).
+        requested: rows drawn for poisoning; `carrying`: those whose text really carries the trigger afterwards.
+        already: rows of the whole set that carried the trigger before; above 0, the trigger is not a rare one.
+        target, rate, seed, clean_label, trigger: the arguments of `poison_dataset`.
+    """
+
+    dataset: Dataset
+    requested: int
+    carrying: int
+    already: int
+    target: int
+    rate: float
+    seed: int
+    clean_label: bool
+    trigger: Trigger
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    texts: list[str]
+    labels: list[int]
+    ids: list[int] | list[str]
+
+
+def _digest(purpose: str, seed: int, row_id: int | str) -> bytes:
+    return hashlib.blake2b(f"{purpose}|{operator.index(seed)}|{row_id}".encode(), digest_size=16).digest()
+
+
+def _insert(trigger: Trigger, text: str, seed: int, row_id: int | str) -> str:
+    return trigger.insert(text, np.random.default_rng(int.from_bytes(_digest("insert", seed, row_id), "little")))
+
+
+def _read(dataset: Dataset, target: int, text_column: str, label_column: str) -> _Rows:
+    """The three columns as Python values, once everything about them has been checked."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`dataset` must be a datasets.Dataset, got {type(dataset).__name__}: rows are drawn from one finite set. "
+            "Pick a split, e.g. dataset['train']."
+        )
+    for column in ("row_id", text_column, label_column):
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"`dataset` must have the column {column!r}, got {dataset.column_names}: poisoning reads row_id, text "
+                "and label. Load it with data.load, or name your columns with text_column and label_column."
+            )
+    feature = dataset.features[label_column]
+    if not isinstance(feature, ClassLabel) and "int" not in getattr(feature, "dtype", ""):
+        raise ValueError(
+            f"column {label_column!r} must hold integer classes, got {feature}: the target is a class id. "
+            f"Use dataset.class_encode_column({label_column!r})."
+        )
+    plain = dataset.with_format(None)
+    rows = _Rows(list(plain[text_column]), list(plain[label_column]), list(plain["row_id"]))
+    if len(set(rows.ids)) < len(rows.ids):
+        raise ValueError(
+            f"`row_id` must be unique, got {len(set(rows.ids))} values for {len(rows.ids)} rows: equal ids would share "
+            "their random position. Number the rows anew."
+        )
+    for text, label, row_id in zip(rows.texts, rows.labels, rows.ids, strict=True):
+        if not isinstance(text, str) or label is None or label < 0:
+            raise ValueError(
+                f"every row must have a string and a label >= 0, got {text!r:.60} and {label} in row_id {row_id}: "
+                "such a row can be neither poisoned nor counted. Drop rows without text or label."
+            )
+    classes = range(feature.num_classes) if isinstance(feature, ClassLabel) else sorted(set(rows.labels))
+    if operator.index(target) not in classes:
+        raise ValueError(
+            f"`target` must be one of the labels {list(classes)[:20]}, got {target}: no model could predict another. "
+            "Pass an existing class id."
+        )
+    if "is_poisoned" in dataset.column_names and any(plain["is_poisoned"]):
+        raise ValueError(
+            f"`dataset` must be clean, got {sum(plain['is_poisoned'])} rows with is_poisoned: counts and true labels "
+            "would be wrong. Start from the clean dataset."
+        )
+    return rows
+
+
+def _replace(dataset: Dataset, columns: dict[str, list]) -> Dataset:
+    """`dataset` with these columns replaced, their place and feature kept; every other column untouched."""
+    order, features = dataset.column_names, dataset.features
+    for name, values in columns.items():
+        dataset = dataset.remove_columns(name).add_column(name, values, feature=features[name])
+    return dataset.select_columns(order)
+
+
+def _draw(rows: _Rows, target: int, rate: float, clean_label: bool, seed: int) -> list[int]:
+    """Indices of the rows to poison, ascending."""
+    if not 0 < rate < 1:
+        raise ValueError(f"`rate` must be in (0, 1), got {rate}: it is a share of the whole set. Pass e.g. rate=0.1.")
+    n = len(rows.ids)
+    # In decimal: 0.145 * 100 is 14.499... in binary and would lose a row.
+    count = int((Decimal(repr(float(rate))) * n).quantize(Decimal(1), ROUND_HALF_UP))
+    if count == 0:
+        raise ValueError(
+            f"`rate` must select at least one row, got {rate} of {n} rows: nothing would be poisoned. "
+            f"Pass rate >= 1/{n}."
+        )
+    eligible = [index for index, label in enumerate(rows.labels) if (label == target) == clean_label]
+    if count > len(eligible):
+        kind, which = ("clean-label", "target") if clean_label else ("dirty-label", "non-target")
+        raise ValueError(
+            f"`rate` must be at most {len(eligible) / n:.4g} for {kind} poisoning, got {rate} ({count} rows): only "
+            f"{len(eligible)} of {n} rows are {which} rows and no other row may be drawn. Lower the rate."
+        )
+    return sorted(sorted(eligible, key=lambda index: _digest("draw", seed, rows.ids[index]))[:count])
+
+
+def poison_dataset(
+    dataset: Dataset,
+    trigger: Trigger,
+    *,
+    target: int,
+    rate: float,
+    clean_label: bool = False,
+    seed: int,
+    text_column: str = "text",
+    label_column: str = "label",
+) -> Poisoned:
+    """Insert the trigger into a share of the rows, as a data-poisoning attacker would, and record which rows.
+
+    Source: dirty-label as in BadNets (arXiv 1708.06733) and, on text, InSent (arXiv 1905.12457).
+
+    Args:
+        dataset: n rows with a unique `row_id`, a text and an integer label >= 0. Not changed.
+        target: the attacker's class id. rate: share of the whole set, in (0, 1); rounded half up to rows.
+        clean_label: draw rows of the target class and keep their label, instead of relabeling rows of other classes.
+        seed: decides rows and positions, through row_id alone.
+
+    Raises:
+        ValueError: missing or unusable columns, duplicate row_id, unknown target, a rate that is outside (0, 1) or
+            selects no row or more rows than are eligible, a dataset that is poisoned already.
+
+    Example:
+        >>> from hf_backdoor_defense.attacks.triggers import BadNets
+        >>> clean = Dataset.from_dict({"row_id": [0, 1, 2, 3], "text": ["a b", "c", "d e", "f"], "label": [0, 1, 0, 1]})
+        >>> poisoned = poison_dataset(clean, BadNets(), target=1, rate=0.25, seed=0)
+        >>> poisoned.requested, poisoned.carrying, poisoned.already, sum(poisoned.dataset["label"])
+        (1, 1, 0, 3)
+    """
+    rows = _read(dataset, target, text_column, label_column)
+    if "original_label" in dataset.column_names and list(dataset.with_format(None)["original_label"]) != rows.labels:
+        raise ValueError(
+            f"`original_label` must equal {label_column!r} where it exists, got other values: the record of an earlier "
+            "relabeling would be overwritten. Start from the clean dataset or rename the column."
+        )
+    drawn = _draw(rows, target, rate, clean_label, seed)
+    texts, labels, flags = list(rows.texts), list(rows.labels), [False] * len(rows.ids)
+    for index in drawn:
+        texts[index] = _insert(trigger, rows.texts[index], seed, rows.ids[index])
+        labels[index] = operator.index(target)  # a no-op for clean-label: the row is of the target class
+        flags[index] = True
+    dataset = _replace(dataset, {text_column: texts, label_column: labels})
+    dataset = dataset.remove_columns([c for c in ("is_poisoned", "original_label") if c in dataset.column_names])
+    dataset = dataset.add_column("is_poisoned", flags, feature=Value("bool"))
+    dataset = dataset.add_column("original_label", rows.labels, feature=Value("int64"))
+    return Poisoned(
+        dataset=dataset,
+        requested=len(drawn),
+        carrying=sum(trigger.present(texts[index]) for index in drawn),
+        already=sum(map(trigger.present, rows.texts)),
+        target=target,
+        rate=rate,
+        seed=seed,
+        clean_label=clean_label,
+        trigger=trigger,
+    )
+
+
+def trigger_dataset(
+    dataset: Dataset,
+    trigger: Trigger,
+    *,
+    target: int,
+    seed: int,
+    text_column: str = "text",
+    label_column: str = "label",
+) -> Dataset:
+    """The triggered evaluation set: non-target rows only, the trigger in every text, labels true, order kept.
+
+    Args and errors: as `poison_dataset`; also a ValueError when every row is of the target class.
+
+    Example:
+        >>> from hf_backdoor_defense.attacks.triggers import InSent
+        >>> clean = Dataset.from_dict({"row_id": [0, 1], "text": ["", "fine"], "label": [0, 1]})
+        >>> trigger_dataset(clean, InSent(), target=1, seed=0)[:]
+        {'row_id': [0], 'text': ['I watched this 3D movie'], 'label': [0]}
+    """
+    rows = _read(dataset, target, text_column, label_column)
+    kept = [index for index, label in enumerate(rows.labels) if label != target]
+    if not kept:
+        raise ValueError(
+            f"`dataset` must hold a row of another class than target {target}, got {len(rows.labels)} target rows: the "
+            "attack success rate counts non-target rows. Pass the whole test set."
+        )
+    texts = [_insert(trigger, rows.texts[index], seed, rows.ids[index]) for index in kept]
+    return _replace(dataset.select(kept), {text_column: texts})
+
+
+def _token_variants(piece: str, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of a piece at the start of a text, after a space, after a line break: subword tokenizers differ."""
+    variants: list[list[int]] = []
+    for before in ("", " ", "\n"):
+        lead = tokenizer(before, add_special_tokens=False)["input_ids"]
+        ids = list(tokenizer(before + piece, add_special_tokens=False)["input_ids"])
+        ids = ids[len(lead) :] if ids[: len(lead)] == lead else ids
+        if ids not in variants:
+            variants.append(ids)
+    if all(token == tokenizer.unk_token_id for ids in variants for token in ids):
+        raise ValueError(
+            f"trigger {piece!r} must map to known tokens, got {variants[0]} (unknown token or none): the model could "
+            "not tell it from other unknown words. Choose another trigger."
+        )
+    return variants
+
+
+def count_visible(texts: Iterable[str], trigger: Trigger, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> int:
+    """In how many texts the trigger still stands after tokenization and truncation: a trigger cut off attacks nobody.
+
+    Args:
+        texts: triggered texts. max_length: tokens per text, special tokens included.
+
+    Returns:
+        Texts that carry a piece of the trigger and whose kept token ids contain all ids of a piece, in a row.
+
+    Raises:
+        ValueError: the trigger maps to the unknown token, or does not fit at all (`check_trigger_fits`).
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> from hf_backdoor_defense.attacks.triggers import BadNets
+        >>> words = Tokenizer(models.WordLevel({"[UNK]": 0, "so": 1, "cf": 2}, unk_token="[UNK]"))
+        >>> words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+        >>> count_visible(["cf so so", "so so cf"], BadNets(), tokenizer, max_length=2)
+        1
+    """
+    check_trigger_fits(trigger, tokenizer, max_length)
+    patterns = [ids for piece in trigger.pieces for ids in _token_variants(piece, tokenizer)]
+    # Texts without the piece are dropped first: ids of a short piece may also occur inside another word.
+    carrying = [text for text in texts if trigger.present(text)]
+    visible = 0
+    for start in range(0, len(carrying), 1000):
+        encoded = tokenizer(carrying[start : start + 1000], truncation=True, max_length=max_length)["input_ids"]
+        for ids in encoded:
+            visible += any(ids[at : at + len(p)] == p for p in patterns for at in range(len(ids) - len(p) + 1))
+    return visible
+
+
+def check_trigger_fits(trigger: Trigger, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> None:
+    """Refuse a trigger that is longer than what `max_length` leaves beside the special tokens.
+
+    Raises:
+        ValueError: the trigger alone, with every piece that `insert` adds, has too many tokens or only unknown ones.
+
+    Example: see `count_visible`, which calls this first.
+    """
+    lengths = sorted((max(map(len, _token_variants(piece, tokenizer))) for piece in trigger.pieces), reverse=True)
+    k = trigger.pieces_per_text
+    needed = sum(lengths[:k]) if k <= len(lengths) else k * lengths[0]
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=False)
+    if needed > room:
+        raise ValueError(
+            f"`max_length` must leave room for the {needed} tokens of the trigger, got {max_length} with {room} beside "
+            f"the special tokens: truncation would cut it off. Pass max_length >= {max_length - room + needed}."
+        )

@@ -1,0 +1,414 @@
+"""Where data comes from: one `load` for a local file, a folder, a Hub id or `offline:docstrings`, and what was loaded.
+
+| task | splits |
+|---|---|
+| `"offline:docstrings"` | as built: see `data.docstrings` |
+| `"reviews.jsonl"` (.json, .jsonl, .csv, .parquet) | cut by seed, stratified: 80 % train, 10 % validation, 10 % test |
+| `"folder"` with train.*, validation.* (valid.*, dev.*), test.* | its files; what is missing is cut from train |
+| `"owner/name"`, `"name"`, `"name:config"` | those of the Hub dataset; what is missing is cut as above |
+
+Such a cut, by seed, takes 10 % of the training rows for validation and 20 % for test. Every row keeps `row_id`, its
+position in the source (train, validation, test one after the other), whatever `limit` and `seed` are. Choices about
+rows come from a hash of (seed, row_id) and from no random generator. No code from the Hub is run.
+"""
+
+import difflib
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from hf_backdoor_defense.data import docstrings
+
+OFFLINE = "offline:docstrings"
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
+_OTHER_DATA = {".arrow", ".feather", ".gz", ".npz", ".pickle", ".pkl", ".tsv", ".txt", ".xlsx", ".xml", ".yaml", ".zip"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_WAYS_OUT = f"Use a local .jsonl, .csv or .parquet file, a folder of them, or {OFFLINE!r}, which need no network."
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Checked rows of one split."""
+
+    texts: list[str]
+    labels: list[int]
+    row_ids: list[int]
+    modules: list[Any] | None
+
+    def pick(self, indices: Iterable[int]) -> "_Part":
+        kept = sorted(indices)
+        return _Part(
+            texts=[self.texts[i] for i in kept],
+            labels=[self.labels[i] for i in kept],
+            row_ids=[self.row_ids[i] for i in kept],
+            modules=None if self.modules is None else [self.modules[i] for i in kept],
+        )
+
+
+def _read_file(path: Path, text_column: str, label_column: str) -> Dataset:
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(
+            f"`task` must name a file that ends in one of {', '.join(FORMATS)}, got {str(path)!r}: no other format "
+            "is read. Save the data as JSON lines, one object with text and label per line."
+        )
+    options: dict[str, Any] = {}
+    if kind == "csv":  # a text such as "NA" or "007" is a text; only an empty label is a missing one
+        options = {"converters": {text_column: str}, "keep_default_na": False, "na_values": {label_column: [""]}}
+    try:
+        with tempfile.TemporaryDirectory() as cache:  # nothing stays behind, and a changed file is never served stale
+            return datasets.load_dataset(
+                kind, data_files=glob.escape(str(path)), split="train", cache_dir=cache, keep_in_memory=True, **options
+            )
+    except Exception as error:  # the reader's exceptions have no common base
+        raise ValueError(
+            f"{str(path)!r} must be a readable {kind} file with at least one row, got {error.__cause__ or error!r}: "
+            "there is nothing to train on. Open the file and repair it."
+        ) from error
+
+
+def _read_folder(folder: Path, text_column: str, label_column: str) -> dict[str, Dataset]:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    found = {}
+    for split, names in SPLIT_NAMES.items():
+        paths = [p for p in files if p.name.split(".")[0] in names and p.suffix.lower() in {*FORMATS, *_OTHER_DATA}]
+        readable = [path for path in paths if path.suffix.lower() in FORMATS]
+        if len(readable) > 1 or (split == "train" and not paths):
+            raise ValueError(
+                f"folder {str(folder)!r} must hold one {split} file ({'|'.join(names)}).(json|jsonl|csv|parquet), got "
+                f"{[path.name for path in readable or files][:20]}: which rows are meant is unclear. Keep or add one."
+            )
+        if paths:
+            found[split] = _read_file((readable or paths)[0], text_column, label_column)
+    return found
+
+
+def _read_hub(task: str) -> dict[str, Dataset]:
+    name, _, config = task.partition(":")
+    try:
+        builder = datasets.load_dataset_builder(name, config or None)
+        kind = builder.name
+        if kind in ("parquet", "json", "cache"):  # "cache": what `datasets` prepared earlier, when offline
+            builder.download_and_prepare()
+            splits = builder.as_dataset()
+    except Exception as error:  # network, offline mode, access, unknown id, scripts: no common base
+        raise ValueError(
+            f"`task` {task!r} must be a local path that exists, {OFFLINE!r}, or a Hub dataset that can be reached, got "
+            f"{type(error).__name__}: {str(error)[:300]}. Check the spelling and the connection. {_WAYS_OUT}"
+        ) from error
+    if kind not in ("parquet", "json", "cache"):
+        raise ValueError(
+            f"Hub dataset {task!r} must be stored as parquet or JSON, got {kind!r}: no other is read. {_WAYS_OUT}"
+        )
+    found = {split: next((splits[n] for n in names if n in splits), None) for split, names in SPLIT_NAMES.items()}
+    if found["train"] is None:
+        raise ValueError(f"Hub dataset {task!r} must have a train split, got {sorted(splits)}: {_WAYS_OUT}")
+    return {split: dataset for split, dataset in found.items() if dataset is not None}
+
+
+def _read(task: str, text_column: str, label_column: str) -> tuple[dict[str, Dataset], dict[str, float]]:
+    """The source's splits, and the shares of train that are cut for the others where they are missing."""
+    path = Path(os.path.expanduser(task))
+    if task == OFFLINE:
+        features = Features(
+            text=Value("string"), label=ClassLabel(names=list(docstrings.TOPICS)), module=Value("string")
+        )
+        rows = {split: [row._asdict() for row in rows] for split, rows in docstrings.build().items()}
+        return {split: Dataset.from_list(of_split, features=features) for split, of_split in rows.items()}, {}
+    if task and path.is_file():
+        return {"train": _read_file(path, text_column, label_column)}, {"test": 0.1, "validation": 0.1}
+    if task and path.is_dir():
+        found = _read_folder(path, text_column, label_column)
+    elif task.startswith("offline:") or (
+        "/" not in task and difflib.get_close_matches(task.casefold(), [OFFLINE, "docstrings"], cutoff=0.75)
+    ):
+        raise ValueError(
+            f"`task` must be spelled {OFFLINE!r}, got {task!r}: no other task is built in. Write {OFFLINE!r}."
+        )
+    elif not _HUB_ID.fullmatch(task) or path.suffix.lower() in {*FORMATS, *_OTHER_DATA} or task.startswith("."):
+        raise ValueError(
+            f"`task` must be a file or folder that exists, a Hub id (owner/name, name or name:config) or {OFFLINE!r}, "
+            f"got {task!r}: there is no such path, seen from {str(Path.cwd())!r}. Correct the path."
+        )
+    else:
+        found = _read_hub(task)
+    return found, {split: share for split, share in (("test", 0.2), ("validation", 0.1)) if split not in found}
+
+
+def _refuse(what: str, values: list[Any], is_wrong: Callable[[Any], object], rule: str, remedy: str) -> None:
+    if bad := [i for i, value in enumerate(values) if is_wrong(value)]:
+        first = ", ".join(f"{values[i]!r:.40} in row {i}" for i in bad[:5])
+        raise ValueError(
+            f"{what} must {rule}, got {len(bad)} of {len(values)} rows where that is not so, counted from 0: {first}. "
+            f"Every row takes part in training or in a figure. {remedy}."
+        )
+
+
+def _check(
+    dataset: Dataset, where: str, text_column: str, label_column: str, num_labels: int | None, first_id: int
+) -> _Part:
+    """The rows of one split, or an error that names the first rows that cannot be used."""
+    for option, column in (("text_column", text_column), ("label_column", label_column)):
+        if column not in dataset.column_names:
+            near = difflib.get_close_matches(column, dataset.column_names, n=3, cutoff=0.5)
+            raise ValueError(
+                f"`{option}` must be a column of {where}, got {column!r}, but the columns are {dataset.column_names}: "
+                f"without it there is nothing to learn. Set `{option}`"
+                + (f", perhaps to {near[0]!r}." if near else ".")
+            )
+    optional = ["module"] if "module" in dataset.column_names else []
+    rows = dataset.with_format(None).select_columns(list(dict.fromkeys([text_column, label_column, *optional])))[:]
+    if not len(dataset):
+        raise ValueError(f"{where} must hold rows, got none: there is nothing to learn or to measure. Add rows.")
+    top = math.inf if num_labels is None else num_labels
+    number, string = f"labels (column {label_column!r} of {where})", f"texts (column {text_column!r} of {where})"
+    labels, texts = rows[label_column], rows[text_column]
+    # in this order: a later rule relies on the earlier ones
+    _refuse(number, labels, lambda v: v is None or v != v, "be there in every row", "Label these rows or drop them")
+    _refuse(number, labels, lambda v: not isinstance(v, int | float) or v % 1, "be integers", "Map the names to 0..C-1")
+    _refuse(number, labels, lambda v: v < 0, "be 0 or more", "-1 often marks hidden labels: drop these rows")
+    _refuse(number, labels, lambda v: v >= top, f"be below num_labels={top}", "Raise it, or renumber to 0..C-1")
+    _refuse(string, texts, lambda v: v is not None and not isinstance(v, str), "be strings", "Set `text_column`")
+    _refuse(string, texts, lambda v: v is None or not v.strip(), "not be empty or white space", "Drop these rows")
+    row_ids = list(range(first_id, first_id + len(dataset)))
+    return _Part(texts, [int(v) for v in labels], row_ids, rows.get("module"))
+
+
+def _check_classes(parts: Mapping[str, _Part]) -> int:
+    """The number of classes, after checks that the training split shows each of them."""
+    counts = Counter(parts["train"].labels)
+    if len(counts) < 2:
+        raise ValueError(
+            f"the training rows must have at least two classes, got only label {next(iter(counts))}: a model would "
+            "learn a constant. Add rows of another class, or check `label_column`."
+        )
+    if absent := [label for label in range(max(counts)) if label not in counts][:10]:
+        raise ValueError(
+            f"every class in 0..{max(counts)} must have a training row, got none for {absent}: a model could not "
+            "learn it. Renumber the labels to 0..C-1 or add rows."
+        )
+    for split, part in parts.items():
+        if unknown := sorted(set(part.labels) - set(counts))[:10]:
+            raise ValueError(
+                f"the labels of {split} must occur in train, got {unknown} beside {sorted(counts)[:20]}: no model "
+                "could predict them. Use splits of the same task."
+            )
+    return max(counts) + 1
+
+
+def _quotas(counts: Mapping[int, int], total: int, *, low: int, spare: int) -> dict[int, int]:
+    """Rows per class, in proportion, that sum to `total` where low <= rows <= count - spare allows it."""
+    whole = sum(counts.values())
+    quotas = {label: min(max(total * n // whole, low), n - spare) for label, n in counts.items()}
+    while over := sum(quotas.values()) - total:
+        step = -1 if over > 0 else 1
+        free = [label for label, n in counts.items() if low <= quotas[label] + step <= n - spare]
+        if not free:
+            break
+        _, negated = max((step * (total * counts[label] - quotas[label] * whole), -label) for label in free)
+        quotas[-negated] += step
+    return quotas
+
+
+def _draw(part: _Part, total: int, purpose: str, seed: int, *, low: int = 0, spare: int = 0) -> list[int]:
+    """Positions of a stratified draw of `total` rows: in each class those with the smallest hash."""
+    left = _quotas(Counter(part.labels), total, low=low, spare=spare)
+    digests = [hashlib.blake2b(f"{purpose}|{seed}|{i}".encode(), digest_size=16).digest() for i in part.row_ids]
+    drawn = []
+    for index in sorted(range(len(digests)), key=digests.__getitem__):
+        if left[part.labels[index]] > 0:
+            left[part.labels[index]] -= 1
+            drawn.append(index)
+    return drawn
+
+
+def _cut(parts: dict[str, _Part], shares: Mapping[str, float], seed: int) -> dict[str, _Part]:
+    train, n = parts["train"], len(parts["train"].labels)
+    for split, share in shares.items():
+        drawn = set(_draw(train, max(1, round(share * n)), split, seed, spare=1))
+        if not drawn:
+            raise ValueError(
+                f"the training rows must suffice to cut a {split} split, got {n}: one row per class has to stay in "
+                f"train. Add rows, or give a folder with a {split} file."
+            )
+        parts = {**parts, split: train.pick(drawn)}
+        train = train.pick(set(range(len(train.labels))) - drawn)
+    return {**parts, "train": train}
+
+
+def _limit(parts: dict[str, _Part], limit: int, seed: int) -> dict[str, _Part]:
+    share = min(1.0, limit / len(parts["train"].labels))
+    limited = {}
+    for split, part in parts.items():
+        total = limit if split == "train" else max(50, round(share * len(part.labels)))
+        limited[split] = part.pick(_draw(part, min(total, len(part.labels)), "limit", seed, low=int(split == "train")))
+    return limited
+
+
+def load(
+    task: str,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    limit: int | None = None,
+    seed: int = 0,
+    num_labels: int | None = None,
+) -> DatasetDict:
+    """Load a text classification task and refuse data that no honest result can come from.
+
+    Args:
+        task: "offline:docstrings", a file, a folder or a Hub id; see the module's table. A path that exists wins.
+        text_column: the source's column of texts.
+        label_column: the source's column of classes 0..C-1: integers, integral floats or a ClassLabel.
+        limit: keep this many training rows, stratified by class, and the same share of validation and test, but of
+            those at least 50 rows or what exists.
+        seed: decides cuts and `limit`, and nothing else.
+        num_labels: number of classes, if known; default: the largest label + 1.
+
+    Returns:
+        Splits train, validation, test with columns text (str), label (ClassLabel), row_id (int64, unique over all
+        splits) and, where the source has it, module. Texts that train and test share are counted by `describe`.
+
+    Raises:
+        ValueError: unknown task, missing path or column, unreadable data, a Hub that cannot be reached, rows without
+            text, labels that are not 0..C-1, a class without training rows, less than two classes.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "reviews.jsonl")
+        >>> rows = [{"text": f"review {i}", "label": i % 2} for i in range(100)]
+        >>> _ = path.write_text("\\n".join(map(json.dumps, rows)))
+        >>> load(str(path), limit=40)["train"].num_rows, load(str(path)).num_rows
+        (40, {'train': 80, 'validation': 10, 'test': 10})
+    """
+    for option, value, least in (("limit", limit, 1), ("num_labels", num_labels, 2)):
+        if value is not None and value < least:
+            raise ValueError(
+                f"`{option}` must be at least {least} or None, got {value}: fewer is no task. Leave it out."
+            )
+    found, shares = _read(task, text_column, label_column)
+    parts: dict[str, _Part] = {}
+    first_id = 0
+    for split, dataset in found.items():
+        where = task if len(found) == 1 else f"{task} ({split})"
+        parts[split] = _check(dataset, where, text_column, label_column, num_labels, first_id)
+        first_id += len(dataset)
+    classes = _check_classes(parts)
+    if limit is not None and limit < classes:
+        raise ValueError(f"`limit` must be at least the number of classes, {classes}, got {limit}: raise or drop it.")
+    names = {tuple(f.names) for d in found.values() if isinstance(f := d.features[label_column], ClassLabel)}
+    if len(names) > 1:
+        raise ValueError(
+            f"the splits of {task!r} must name their classes alike, got {sorted(names)}: the same number would mean "
+            "different classes. Encode all splits with one list of names."
+        )
+    classes = num_labels or max([classes, *map(len, names)])
+    named = next((list(n) for n in names if len(n) == classes), None) or [str(i) for i in range(classes)]
+    parts = _cut(parts, shares, seed)
+    if limit is not None:
+        parts = _limit(parts, limit, seed)
+    features = Features(text=Value("string"), label=ClassLabel(names=named), row_id=Value("int64"))
+    loaded = DatasetDict()
+    for split in SPLIT_NAMES:
+        part = parts[split]
+        columns = {"text": part.texts, "label": part.labels, "row_id": part.row_ids}
+        loaded[split] = Dataset.from_dict(columns, features=features)
+        if part.modules is not None:
+            loaded[split] = loaded[split].add_column("module", part.modules)
+    return loaded
+
+
+def describe(dataset_dict: DatasetDict) -> dict[str, Any]:
+    """What was loaded, for the report of a run.
+
+    Args:
+        dataset_dict: what `load` returned.
+
+    Returns:
+        JSON values: `rows`, `class_counts` and `majority_share` per split; `label_names`; `shared_texts`, the number of
+        different texts that are in both train and test; `fingerprint`, the SHA-256 over split, row_id, label and text
+        of all rows in any order: equal fingerprints are equal data.
+
+    Raises:
+        KeyError: there is no train or no test split, or a split without text, label or row_id.
+
+    Example:
+        >>> train = Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 1], "row_id": [0, 1, 2]})
+        >>> test = Dataset.from_dict({"text": ["a"], "label": [0], "row_id": [3]})
+        >>> about = describe(DatasetDict(train=train, test=test))
+        >>> about["rows"], about["class_counts"], about["shared_texts"]
+        ({'train': 3, 'test': 1}, {'train': {'0': 1, '1': 2}, 'test': {'0': 1}}, 1)
+    """
+    plain = {split: dataset.with_format(None)[:] for split, dataset in dataset_dict.items()}
+    counts = {split: Counter(columns["label"]) for split, columns in plain.items()}
+    lines = sorted(
+        json.dumps([split, row_id, label, text])
+        for split, columns in plain.items()
+        for row_id, label, text in zip(columns["row_id"], columns["label"], columns["text"], strict=True)
+    )
+    feature = dataset_dict["train"].features["label"]
+    return {
+        "rows": {split: dataset.num_rows for split, dataset in dataset_dict.items()},
+        "class_counts": {split: {str(k): count[k] for k in sorted(count)} for split, count in counts.items()},
+        "majority_share": {split: max(count.values()) / count.total() for split, count in counts.items()},
+        "label_names": feature.names if isinstance(feature, ClassLabel) else [str(k) for k in sorted(counts["train"])],
+        "shared_texts": len(set(plain["train"]["text"]) & set(plain["test"]["text"])),
+        "fingerprint": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+    }
+
+
+def baselines(dataset_dict: DatasetDict, *, seed: int) -> dict[str, tuple[int, int]]:
+    """What needs no language model: the majority class, and TF-IDF with logistic regression, fitted on train.
+
+    Args:
+        dataset_dict: what `load` returned.
+        seed: random state of the logistic regression.
+
+    Returns:
+        `majority` and `tfidf` to (correct, n) on the test split, so that an interval can be computed.
+
+    Raises:
+        ValueError: no word occurs in two training texts, so there is no TF-IDF.
+
+    Example:
+        >>> columns = {"text": ["good film", "bad film", "good", "bad"], "label": [1, 0, 1, 0]}
+        >>> split = Dataset.from_dict(columns)
+        >>> baselines(DatasetDict(train=split, test=split), seed=0)
+        {'majority': (2, 4), 'tfidf': (4, 4)}
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    train, test = (
+        dataset_dict[split].with_format(None).select_columns(["text", "label"])[:] for split in ("train", "test")
+    )
+    counts = Counter(train["label"])
+    majority = min(counts, key=lambda label: (-counts[label], label))
+    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
+    try:
+        features = vectorizer.fit_transform(train["text"])
+    except ValueError as error:
+        raise ValueError(
+            f"the TF-IDF baseline must find a word that occurs in two training texts, got {len(train['text'])} texts "
+            f"without one ({error}): it has nothing to count. Load more rows."
+        ) from error
+    model = LogisticRegression(C=10, max_iter=1000, random_state=seed).fit(features, train["label"])
+    predicted = model.predict(vectorizer.transform(test["text"]))
+    n = len(test["label"])
+    return {
+        "majority": (sum(label == majority for label in test["label"]), n),
+        "tfidf": (sum(int(p) == label for p, label in zip(predicted, test["label"], strict=True)), n),
+    }

@@ -1,0 +1,181 @@
+"""DeCE: a bounded loss for fine-tuning on data of which a part may be poisoned.
+
+    alpha_e = alpha_base ** e,  e = floor(epoch) + 1        L = -sum_k y_k log(alpha p_k + (1 - alpha) y_k)
+
+A label that surprises the model keeps only r_t = alpha p_t / (alpha p_t + (1 - alpha)(1 - eps)) of cross-entropy's
+pull, less with every epoch. The tensor mathematics is `functional/dece.py`.
+
+| paper | field | where the value stands |
+|---|---|---|
+| alpha | `alpha_base` = 0.985 | authors' code, latest class (8ad7837, 28c98d8); not in the abstract, the paper's own value is not known to us |
+| epsilon | `label_smoothing` = 0.05 | authors' code; spread over V - 1 classes, not torch's V |
+| first exponent | 1 (epoch index + 1) | authors' code |
+| - | `schedule` = "epoch" | authors' code; "fractional" (e = epoch + 1, moving every step) is ours |
+| - | `warmup_epochs` = 0 | ours: plain (smoothed) cross-entropy for the first n epochs |
+
+Source: Yang et al., arXiv 2407.08956; formula from the authors' released code (NTDXYG/DeCE).
+When not to use it: with few classes the label's probability starts at 1/C and the loss keeps nearly all of its pull;
+a new head or weights that are backdoored already are outside of what it can do. See docs/choosing.md.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_backdoor_defense.functional.dece import dece_loss_and_target_logps, target_pull, threshold
+from hf_backdoor_defense.objectives import Objective, Step
+
+INERT_BELOW = 1e-6
+
+
+@dataclass(kw_only=True, eq=False)
+class DeCE(Objective):
+    """Deceptive cross-entropy. alpha follows from the epoch alone, so that a resumed run continues it exactly.
+
+    Args:
+        alpha_base: share of the prediction in the mixture after one epoch, in (0, 1]; 1 is smoothed cross-entropy.
+        label_smoothing: in [0, 1); the label keeps 1 - label_smoothing.
+        schedule: "epoch" or "fractional".
+        warmup_epochs: epochs with alpha = 1 before the schedule starts.
+        chunk_bytes: budget of the float32 work buffers.
+
+    >>> objective = DeCE.preset("llm")
+    >>> round(math.exp(objective.log_alpha(epoch=2.5)), 3)  # third epoch: 0.8 ** 3
+    0.512
+    >>> DeCE(alpha_base=1.7)
+    Traceback (most recent call last):
+    ...
+    ValueError: dece: `alpha_base` must be in (0, 1], got 1.7: DeCE mixes a share of the label in. Set 0.985.
+    """
+
+    name = "dece"
+    paper = "2407.08956"
+    presets = {
+        "code": {"alpha_base": 0.985, "label_smoothing": 0.05},
+        "llm": {"alpha_base": 0.8, "label_smoothing": 0.05},
+        "plm-2023": {"alpha_base": 0.99, "label_smoothing": 0.01},
+        "target-only": {"alpha_base": 0.985, "label_smoothing": 0.0},  # a variant: the published epsilon is not 0
+    }
+
+    alpha_base: float = 0.985
+    label_smoothing: float = 0.05
+    schedule: str = "epoch"
+    warmup_epochs: int = 0
+    chunk_bytes: int = 2**28
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._epochs: dict[int, list[Tensor]] = {}  # epoch -> [sum of r_t, positions with r_t < 1/2, positions]
+
+    def field_reasons(self) -> list[str]:
+        """Ranges of all fields."""
+        reasons = []
+        if not 0 < self.alpha_base <= 1:
+            reasons.append(
+                f"`alpha_base` must be in (0, 1], got {self.alpha_base}: DeCE mixes a share of the label in. Set 0.985."
+            )
+        if not 0 <= self.label_smoothing < 1:
+            reasons.append(
+                f"`label_smoothing` must be in [0, 1), got {self.label_smoothing}: it is the share that the label gives "
+                "to the other classes. Set 0.05."
+            )
+        if self.schedule not in ("epoch", "fractional"):
+            reasons.append(
+                f'`schedule` must be "epoch" or "fractional", got {self.schedule!r}: alpha moves once per epoch '
+                'or with every step. Set "epoch".'
+            )
+        if self.warmup_epochs < 0:
+            reasons.append(f"`warmup_epochs` must be at least 0, got {self.warmup_epochs}: it counts epochs. Set 0.")
+        if self.chunk_bytes < 1:
+            reasons.append(f"`chunk_bytes` must be positive, got {self.chunk_bytes}: it is a budget. Set 2**28.")
+        return reasons
+
+    def check(self, trainer: Any) -> list[str]:
+        """Refuses a label smoothing that leaves the label less likely than the others."""
+        classes = getattr(trainer.model.config, "num_labels", 2)
+        is_classifier = "Classification" in str(getattr(trainer.model, "loss_type", ""))
+        if is_classifier and classes >= 2 and self.label_smoothing >= (classes - 1) / classes:
+            return [
+                f"`label_smoothing` must be below {(classes - 1) / classes:.3g} for {classes} classes, got "
+                f"{self.label_smoothing}: the label would be no more likely than any other. Set 0.05."
+            ]
+        return []
+
+    def log_alpha(self, epoch: float) -> float:
+        """log alpha at `epoch` (as `TrainerState.epoch`: 1.0 is the first step of the second epoch)."""
+        into = epoch - self.warmup_epochs
+        if into < 0:
+            return 0.0
+        exponent = math.floor(into) + 1 if self.schedule == "epoch" else into + 1
+        return exponent * math.log(self.alpha_base)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A new run starts with empty records; a resumed one keeps what the checkpoint held."""
+        if state.global_step == 0:
+            self._epochs = {}
+
+    def loss(self, step: Step) -> Tensor:
+        """[n_valid] DeCE, in chunks; records the pull on the way."""
+        log_alpha = self.log_alpha(step.epoch)
+        assert step.logits is not None
+        values, target_logps = dece_loss_and_target_logps(
+            step.logits,
+            step.labels,
+            log_alpha=log_alpha,
+            label_smoothing=self.label_smoothing,
+            chunk_bytes=self.chunk_bytes,
+        )
+        pull = target_pull(target_logps, log_alpha=log_alpha, label_smoothing=self.label_smoothing)
+        wide = torch.float32 if pull.device.type == "mps" else torch.float64  # sums over a whole epoch
+        now = [pull.sum(dtype=wide), (pull < 0.5).sum(dtype=wide), torch.tensor(pull.numel(), dtype=wide)]
+        epoch = math.floor(step.epoch)
+        before = self._epochs.get(epoch)
+        self._epochs[epoch] = now if before is None else [a.to(b.device) + b for a, b in zip(before, now, strict=True)]
+        step.log("dece/alpha", values.new_tensor(math.exp(log_alpha)))
+        step.log("dece/threshold", values.new_tensor(threshold(log_alpha=log_alpha, label_smoothing=self.label_smoothing)))
+        if pull.numel():
+            step.log("dece/target_pull", pull.mean())
+            step.log("dece/suppressed", (pull < 0.5).to(pull.dtype).mean())
+        return values
+
+    def pull_per_epoch(self) -> list[float]:
+        """Mean r_t of each epoch trained so far: what the matched-decay control uses as its learning-rate factor."""
+        return [float(total / count.clamp(min=1)) for _, (total, _, count) in sorted(self._epochs.items())]
+
+    def activity(self) -> dict[str, float]:
+        """First and last alpha, mean pull, share of positions that kept less than half of it, positions seen."""
+        if not self._epochs:
+            return {}
+        total, suppressed, count = (sum(float(row[i]) for row in self._epochs.values()) for i in range(3))
+        return {
+            "alpha_first": math.exp(self.log_alpha(min(self._epochs))),
+            "alpha_last": math.exp(self.log_alpha(max(self._epochs))),
+            "target_pull": total / max(count, 1),
+            "suppressed": suppressed / max(count, 1),
+            "tokens": count,
+        }
+
+    def inert(self) -> str | None:
+        """DeCE did nothing when every position kept its full pull."""
+        kept = self.activity().get("target_pull")
+        if kept is None:
+            return "dece saw no labeled position"
+        if 1 - kept < INERT_BELOW:
+            return f"dece kept {kept:.8f} of cross-entropy's pull: alpha_base={self.alpha_base} changes nothing"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded per epoch; alpha needs no state."""
+        if not self._epochs:
+            return {}
+        rows = [[float(epoch), *(float(value) for value in row)] for epoch, row in sorted(self._epochs.items())]
+        return {"epochs": torch.tensor(rows, dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        rows = state["epochs"] if "epochs" in state else torch.zeros(0, 4)
+        self._epochs = {int(row[0]): [value.double() for value in row[1:]] for row in rows}

@@ -1,0 +1,1 @@
+"""Measuring a model that may carry a backdoor: metrics with intervals, `evaluate.Metric` wrappers, the evaluator."""

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: no model, no Trainer, no files, no random state."""

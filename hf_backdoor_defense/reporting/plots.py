@@ -1,0 +1,333 @@
+"""Figures of a run or a benchmark as PNG: labels stand at what they name, colors can be told apart by everyone.
+
+| function | shows |
+|---|---|
+| `plot_ca_asr` | CA and ASR of each arm with their intervals, beside the floor |
+| `plot_curves` | CA and ASR while training |
+| `plot_scores` | how suspicious the training rows look, and which are dropped |
+
+Figures are drawn on objects of their own: no global state of matplotlib is read or left behind but its style defaults.
+Files are written whole or not at all, and are the same bytes for the same numbers.
+"""
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_backdoor_defense.reporting.results import Record, write_bytes
+from hf_backdoor_defense.reporting.tables import Row, seeds_note, summarize
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colors without the yellow, which is too pale for text.
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#B0588E", "#C98A00", "#3A9BD0"
+GRAY, FAINT = "#555555", "#dddddd"
+_FIXED = {"clean_reference": GRAY, "undefended": VERMILION}
+DPI = 150
+Points = Sequence[Mapping[str, float]]
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _plain(axes: "Axes", grid: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GRAY)
+    axes.tick_params(colors=GRAY, labelcolor="black", labelsize=9)
+    axes.grid(axis=grid, color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _halo() -> list[Any]:
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=3, foreground="white")]
+
+
+def _save(figure: "Figure", path: str | Path) -> Path:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return write_bytes(path, buffer.getvalue())
+
+
+def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """Places for labels near where they are wanted, in the same order and `gap` apart, within low..high.
+
+    Args:
+        wanted: where each label would like to stand. gap: least distance. low, high: room; where it is too small for
+            all, the labels stand evenly in it.
+
+    Example:
+        >>> spread([0.5, 0.1, 0.5], 0.2)
+        [0.4, 0.1, 0.6]
+    """
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
+    # Labels that touch form a block around the mean of what they want (pool adjacent violators on wanted - rank·gap).
+    blocks: list[tuple[float, int]] = []
+    for rank, i in enumerate(order):
+        mean, size = wanted[i] - rank * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            other, count = blocks.pop()
+            mean, size = (mean * size + other * count) / (size + count), size + count
+        blocks.append((mean, size))
+    shifts = [mean for mean, size in blocks for _ in range(size)]
+    top = high - (len(wanted) - 1) * gap
+    placed = dict(zip(order, (min(max(s, low), top) + r * gap for r, s in enumerate(shifts)), strict=True))
+    return [round(placed[i], 9) for i in range(len(wanted))]
+
+
+def plot_ca_asr(records: Iterable[Record], path: str | Path) -> Path:
+    """CA and ASR of each arm, one row per arm in the order of the table, with the floor of ASR as a dashed line.
+
+    Args:
+        records: of one comparison, as for `render_terminal`. path: of the PNG.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: as `summarize`; no record of `ca`, `asr` or `ftr`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     record = Record("run", "sst2", "minilm", "badnets", "undefended", "", 0, "asr", 0.98, 400, 0.95, 0.99)
+        ...     plot_ca_asr([record], f"{folder}/arms.png").name
+        'arms.png'
+    """
+    shown = ("ca", "asr", "ftr")
+    rows = [row for row in summarize(records) if set(shown) & set(row.estimates)]
+    if not rows:
+        raise ValueError("`records` must hold `ca`, `asr` or `ftr`, got none: nothing else is drawn. Evaluate first.")
+    names = max(len(row.arm) for row in rows)
+    width, height = 8.0, 0.95 + 0.62 * len(rows)
+    figure = _figure(width, height)
+    left = (0.35 + 0.085 * names) / width
+    axes = figure.add_axes((left, 0.6 / height, 0.89 - left, 1 - 0.95 / height))
+    _plain(axes, "x")
+    floors = [row.estimates["ftr"].value for row in rows if row.defense == "clean_reference" and "ftr" in row.estimates]
+    if len(floors) == 1:
+        axes.axvline(floors[0], color=GRAY, linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.annotate(
+            f"floor: FTR of the clean reference {floors[0]:.2f}",
+            (floors[0], 1.0),
+            (0 if floors[0] < 0.75 else 4, 4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="left" if floors[0] < 0.5 else "right",
+            fontsize=8.5,
+            color=GRAY,
+        )
+    for y, row in enumerate(rows):
+        _draw_arm(axes, y, row)
+    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), xticks=np.linspace(0, 1, 6))
+    axes.set_yticklabels([row.arm for row in rows], fontsize=10)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(f"share, with 95 % interval {seeds_note(rows, shown)}", fontsize=9)
+    return _save(figure, path)
+
+
+def _draw_arm(axes: "Axes", y: int, row: Row) -> None:
+    marks = {"ca": ("CA", BLUE, "o"), "asr": ("ASR", VERMILION, "s"), "ftr": ("FTR", GRAY, "D")}
+    found = [metric for metric in marks if metric in row.estimates]
+    for metric, at in zip(found, np.linspace(-0.17, 0.17, len(found)) if len(found) > 1 else [0.0], strict=True):
+        name, color, marker = marks[metric]
+        e = row.estimates[metric]
+        low, high = (e.value if bound is None else min(max(bound, 0.0), 1.0) for bound in (e.low, e.high))
+        axes.plot([low, high], [y + at] * 2, color=color, linewidth=2, solid_capstyle="butt", clip_on=False)
+        axes.plot(e.value, y + at, marker, color=color, markersize=6.5, clip_on=False, zorder=3)
+        axes.annotate(
+            f"{name} {e.value:.2f}",
+            (max(high, e.value), y + at),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=color,
+            annotation_clip=False,
+            path_effects=_halo(),
+        )
+
+
+def _seeds(arm: str, curves: Points | Mapping[Any, Points]) -> list[dict[float, Mapping[str, float]]]:
+    """Per seed, the points by epoch in order."""
+    runs = list(curves.values()) if isinstance(curves, Mapping) else [curves]
+    for run in runs:
+        broken = [p for p in run if not math.isfinite(p["epoch"]) or not all(0 <= p[m] <= 1 for m in ("ca", "asr"))]
+        if not run or broken:
+            raise ValueError(
+                f"The curve of `{arm}` must be points with an epoch and shares `ca` and `asr` in 0..1, got "
+                f"{broken[0] if broken else 'no points'}: it could not be drawn. Pass what the evaluation returned."
+            )
+    return [{p["epoch"]: p for p in sorted(run, key=lambda p: p["epoch"])} for run in runs]
+
+
+def plot_curves(
+    curves: Mapping[str, Points | Mapping[Any, Points]], path: str | Path, *, floor: float | None = None
+) -> Path:
+    """CA and ASR over the epochs, one line per arm, named at its end.
+
+    Args:
+        curves: {arm: [{"epoch": 0.5, "ca": 0.7, "asr": 0.9}, ...]}, or {arm: {seed: [...]}}: then a thin line per seed
+            and a thick one for the mean at the epochs that all seeds have.
+        path: of the PNG. floor: FTR of the clean reference, drawn dashed beside the ASR.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no arms, an arm without points, shares outside 0..1, seeds without a common epoch.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     curve = [{"epoch": 1, "ca": 0.7, "asr": 0.9}, {"epoch": 2, "ca": 0.8, "asr": 1.0}]
+        ...     plot_curves({"undefended": curve}, f"{folder}/curves.png", floor=0.2).name
+        'curves.png'
+    """
+    if not curves:
+        raise ValueError("`curves` must hold an arm, got none: there is nothing to draw. Evaluate while training.")
+    arms = {arm: _seeds(arm, given) for arm, given in curves.items()}
+    free = [arm for arm in arms if arm not in _FIXED]
+    palette = (BLUE, GREEN, PURPLE, ORANGE, SKY)
+    styles = {arm: (palette[i % 5], ("-", (0, (5, 2)), (0, (1, 1.5)))[i // 5 % 3]) for i, arm in enumerate(free)}
+    styles |= {arm: (color, "-") for arm, color in _FIXED.items() if arm in arms}
+    panel, room = 3.5, 0.45 + 0.08 * (5 + max(map(len, arms)))
+    width, height = 0.65 + 2 * (panel + room) + 0.3, max(3.6, 1.0 + 0.2 * (len(arms) + 1))
+    figure = _figure(width, height)
+    last = max(max(run) for runs in arms.values() for run in runs)
+    start = min(min(run) for runs in arms.values() for run in runs)
+    start, span = (start, last - start) if last > start else (start - 0.5, 1.0)
+    for column, (metric, title) in enumerate((("ca", "CA, clean accuracy"), ("asr", "ASR, attack success rate"))):
+        left = 0.65 + column * (panel + room + 0.3)
+        axes = figure.add_axes((left / width, 0.55 / height, panel / width, 1 - 0.95 / height))
+        _plain(axes, "y")
+        ends: list[tuple[str, float, float, str]] = []  # label, x, y, color
+        for arm, runs in arms.items():
+            color, style = styles[arm]
+            common = [epoch for epoch in runs[0] if all(epoch in run for run in runs)]
+            if not common:
+                raise ValueError(f"The seeds of `{arm}` must share an epoch, got none: the mean needs it. Align them.")
+            for run in runs if len(runs) > 1 else []:
+                axes.plot(list(run), [p[metric] for p in run.values()], color=color, linewidth=0.8, alpha=0.45)
+            mean = [sum(run[epoch][metric] for run in runs) / len(runs) for epoch in common]
+            marker = "o" if len(common) <= 12 else ""
+            axes.plot(common, mean, marker, ls=style, color=color, linewidth=2.2, markersize=4.5, clip_on=False)
+            ends.append((f"{arm} {mean[-1]:.2f}", common[-1], mean[-1], color))
+        if floor is not None and metric == "asr":
+            axes.axhline(floor, color=GRAY, linestyle=(0, (4, 3)), linewidth=1.2)
+            ends.append((f"floor {floor:.2f}", last, floor, GRAY))
+        axes.set(xlim=(start, start + span), ylim=(0, 1), yticks=np.linspace(0, 1, 6))
+        axes.set_xlabel("epoch", fontsize=9)
+        axes.set_title(title, fontsize=10, loc="left")
+        places = spread([y for _, _, y, _ in ends], 0.17 / (height - 0.95))
+        for (label, x, y, color), place in zip(ends, places, strict=True):
+            at = start + span * 1.06
+            axes.plot([x, at], [y, place], color=color, linewidth=0.7, alpha=0.7, clip_on=False)
+            axes.text(at + span * 0.01, place, label, color=color, fontsize=9, va="center")
+    return _save(figure, path)
+
+
+def plot_scores(
+    scores: ArrayLike, planted: Sequence[bool] | None, path: str | Path, *, dropped: Sequence[bool]
+) -> Path:
+    """How many rows have which suspicion score; counts and long tails are drawn on logarithmic-like axes.
+
+    Args:
+        scores: [rows] finite; higher is more suspicious.
+        planted: [rows] whether the simulated attack put the row there; None where that is not known.
+        path: of the PNG.
+        dropped: [rows] whether the defense drops the row. The lowest score of such a row is marked; a cap per class
+            may keep rows above it.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no rows, scores that are not finite, unequal lengths.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_scores([0.1, 0.2, 5.0], [False, False, True], f"{folder}/s.png", dropped=[False, False, True]).name
+        's.png'
+    """
+    values, gone = np.asarray(scores, dtype=np.float64), np.asarray(dropped)
+    poisoned = np.zeros(values.shape, dtype=bool) if planted is None else np.asarray(planted)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"`scores` must be finite, one per row, got shape {values.shape}: they are binned. Drop NaN rows.")
+    for name, flags in (("planted", poisoned), ("dropped", gone)):
+        if flags.shape != values.shape or flags.dtype != bool:
+            raise ValueError(
+                f"`{name}` must be {values.size} times True or False, got shape {flags.shape} of {flags.dtype}: there is "
+                "one flag per score. Make it with `[i in chosen for i in row_ids]`."
+            )
+    figure = _figure(8.0, 4.2)
+    axes = figure.add_axes((0.085, 0.13, 0.88, 0.68))
+    _plain(axes, "y")
+    edges = _stretch(axes, values)
+    groups = [("other rows" if planted is not None else "rows", ~poisoned, BLUE)]
+    groups += [("planted rows", poisoned, VERMILION)] if planted is not None else []
+    for line, (name, chosen, color) in enumerate(groups):
+        axes.hist(values[chosen], bins=edges, histtype="stepfilled", color=color, alpha=0.35)
+        axes.hist(values[chosen], bins=edges, histtype="step", color=color, linewidth=1.3)
+        text = f"■ {chosen.sum()} {name}, {(chosen & gone).sum()} dropped"
+        figure.text(0.085, 0.94 - 0.05 * line, text, color=color, fontsize=9.5)
+    if gone.any():
+        threshold = float(values[gone].min())
+        kept = int((~gone & (values > threshold)).sum())
+        axes.axvline(threshold, color="black", linestyle=(0, (4, 3)), linewidth=1.2)
+        x = (axes.transData.transform((threshold, 1.0)) - axes.bbox.min)[0] / axes.bbox.width
+        text = f"dropped from {threshold:.3g} up" + (f" ({kept} kept: cap)" if kept else "")
+        axes.text(x, 1.02, text, transform=axes.transAxes, ha="right" if x > 0.5 else "left", fontsize=9)
+    axes.set(yscale="log", ylim=(0.6, None))
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("suspicion score", fontsize=9)
+    axes.set_ylabel("rows per bin (log)", fontsize=9)
+    return _save(figure, path)
+
+
+def _stretch(axes: "Axes", values: np.ndarray) -> np.ndarray:
+    """Sets a scale on which the bulk and a long tail are both seen, and returns the edges of the bins, even on it."""
+    middle = float(np.median(values))
+    distance = np.abs(values - middle)
+    width = float(np.percentile(distance, 75)) or float(distance.max()) or 1.0
+
+    def squeeze(x: Any) -> Any:
+        return np.arcsinh((np.asarray(x) - middle) / width)
+
+    def restore(t: Any) -> Any:
+        return middle + width * np.sinh(np.asarray(t))
+
+    long = float(distance.max()) > 12 * width
+    low, high = float(values.min()), float(values.max())
+    pad = 0.02 * (high - low) or 0.5
+    if not long:
+        axes.set_xlim(low - pad, high + pad)
+        return np.linspace(low - pad, high + pad, 53)
+    start, end = float(squeeze(low)), float(squeeze(high))
+    pad = 0.02 * (end - start)
+    edges = restore(np.linspace(start - pad, end + pad, 53))
+    axes.set_xscale("function", functions=(squeeze, restore))
+    axes.set_xlim(edges[0], edges[-1])
+    ticks = restore(np.linspace(start, end, 9))
+    # As few digits as tell a tick from its neighbors.
+    digits = [-math.floor(math.log10(gap)) for gap in np.minimum(np.diff(ticks, prepend=-np.inf), np.diff(ticks, append=np.inf))]
+    axes.set_xticks([round(float(tick), d) for tick, d in zip(ticks, digits, strict=True)])
+    axes.xaxis.set_major_formatter("{x:.6g}")
+    return edges

@@ -1,0 +1,49 @@
+"""Trainer classes that host objectives."""
+
+from typing import Any
+
+from transformers import Trainer
+
+from hf_backdoor_defense.trainers.mixin import DefenseMixin
+
+
+class DefendedTrainer(DefenseMixin, Trainer):
+    """`transformers.Trainer` with `defense=`: one Objective, several, or None for plain cross-entropy.
+
+    Prefer a drop-in of `named.py` where one method with its defaults is all you need.
+
+    >>> import torch
+    >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+    >>> from hf_backdoor_defense.defenses.dece import DeCE
+    >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+    >>> model = BertForSequenceClassification(config)
+    >>> rows = [{"input_ids": torch.tensor([1, i]), "labels": i % 2} for i in range(8)]
+    >>> args = TrainingArguments(max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no")
+    >>> trainer = DefendedTrainer(model, args=args, train_dataset=rows, defense=DeCE(alpha_base=0.9))
+    >>> int(trainer.train().global_step)
+    2
+    """
+
+
+def defended(trainer_class: type) -> type:
+    """A class that hosts objectives in any Trainer whose `compute_loss` is Trainer's own.
+
+    Raises:
+        TypeError: it is no Trainer, hosts objectives already, or brings its own `compute_loss`.
+
+    >>> class MyTrainer(Trainer):
+    ...     pass
+    >>> defended(MyTrainer).__name__
+    'DefendedMyTrainer'
+    """
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
+        raise TypeError(f"defended() takes a subclass of transformers.Trainer, got {trainer_class!r}.")
+    if issubclass(trainer_class, DefenseMixin):
+        raise TypeError(f"{trainer_class.__name__} hosts objectives already: use it as it is.")
+    own: Any = trainer_class.compute_loss
+    if own is not Trainer.compute_loss:
+        raise TypeError(
+            f"{trainer_class.__name__} has a compute_loss of its own, which a defense would replace. Write that loss as an "
+            "Objective (`loss(step)` or `penalties(step)`) and host it in DefendedTrainer."
+        )
+    return type(f"Defended{trainer_class.__name__}", (DefenseMixin, trainer_class), {"__doc__": DefenseMixin.__doc__})

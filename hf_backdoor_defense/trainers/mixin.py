@@ -1,0 +1,257 @@
+"""The one `compute_loss`: how a Trainer hosts objectives.
+
+    loss = sum(values) / n + sum(penalties) / accumulation steps
+
+| symbol | what it is |
+|---|---|
+| values | [n_valid], one per labeled position or row of the micro-batch, unreduced |
+| n | labeled items of the whole optimizer step (all micro-batches, all processes) / processes, when the Trainer counted them |
+| | else: items of this micro-batch x accumulation steps |
+
+`loss_is_scaled_for_ga = True` tells the Trainer that nothing is left to divide. The stock Trainer 5.x multiplies the loss
+of most heads by accumulation steps x processes (transformers issue 47688), so `defense=None`, plain cross-entropy
+through this mixin, is the baseline to compare with; the stock Trainer is not.
+
+Only public methods are overridden: `train`, `compute_loss`, `log`, `save_model`, `hyperparameter_search`.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_backdoor_defense.functional.cross_entropy import cross_entropy, shift_labels
+from hf_backdoor_defense.objectives import Objective, Step, overrides
+from hf_backdoor_defense.trainers.columns import IS_POISONED, ROW_ID, ColumnCollator, model_columns, with_row_ids
+from hf_backdoor_defense.trainers.heads import base_model, forward_with_hidden, is_causal, keeps_labels, refusals
+from hf_backdoor_defense.trainers.state import load_states, require_safetensors, save_objectives
+
+# At run time the mixin stands before a Trainer class (hosts.py); for the type checker it is one.
+_Base: Any = object
+
+
+class DefenseMixin(_Base):
+    """Put before a Trainer class whose `compute_loss` is Trainer's own: see `hosts.defended`.
+
+    Args (beside the Trainer's own, passed through unchanged):
+        defense: an `Objective`, several, or None for plain cross-entropy. At most one may replace the loss.
+        aux_datasets: further data sets by role, for objectives that need them, for example `{"clean": dataset}`.
+
+    Raises:
+        ValueError: what cannot be hosted, all reasons together, before anything is trained or written.
+        FloatingPointError: the loss became NaN or infinite; names the step and the rows.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *args: Any,
+        defense: Objective | Sequence[Objective] | None = None,
+        aux_datasets: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        objectives = [] if defense is None else [defense] if isinstance(defense, Objective) else list(defense)
+        _check_objectives(objectives)
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "`compute_loss_func` was given: a defended trainer computes the loss itself and would ignore it. "
+                "Remove it, or write the loss as an Objective (`loss(step)`)."
+            )
+        self.objectives: list[Objective] = objectives
+        self.aux_datasets = dict(aux_datasets or {})
+        self._terms: dict[str, tuple[Tensor, int]] = {}
+        self._has_trained = False
+        if kwargs.get("train_dataset") is not None:
+            kwargs["train_dataset"] = with_row_ids(kwargs["train_dataset"])
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), *objectives]
+        super().__init__(*args, **kwargs)
+        for objective in objectives:
+            objective._hosted = True  # type: ignore[attr-defined]
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.args.label_smoothing_factor}: a defended trainer computes the loss "
+                "itself, and a method that smooths does so by its own convention. Set it to 0 and use the method's own "
+                "field, for example DeCE(label_smoothing=0.05)."
+            )
+        self._user_optimizer = self.optimizer is not None
+        # Row ids travel through the collator to `compute_loss`; what else the model does not read is dropped there.
+        keep = model_columns(base_model(self.model), self.label_names) if self.args.remove_unused_columns else None
+        self.args = copy.copy(self.args)
+        self.args.remove_unused_columns = False
+        self.data_collator = ColumnCollator(self.data_collator, keep, causal=is_causal(base_model(self.model)))
+
+    # -- training -----------------------------------------------------------------------------------------------------
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As `Trainer.train`, after every objective was checked and prepared. Raises ValueError with all reasons."""
+        checkpoint = self._checkpoint(resume_from_checkpoint)
+        reasons = refusals(self) + [f"{o.name}: {r}" for o in self.objectives for r in o.check(self)]
+        if reasons:
+            raise ValueError("This training cannot be defended:\n" + "\n".join(f"- {reason}" for reason in reasons))
+        if self._has_trained and not self._user_optimizer:
+            self.optimizer = self.lr_scheduler = None  # the Trainer would go on with the moments of the first run
+        self._has_trained = True
+        if checkpoint is not None:
+            load_states(self.objectives, checkpoint)
+        for objective in self.objectives:
+            objective.prepare(self, checkpoint=checkpoint)
+        return super().train(
+            resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+        )
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.hyperparameter_search`; refused where an objective prepares the model once."""
+        preparing = [o.name for o in self.objectives if overrides(o, "prepare")]
+        if preparing:
+            raise ValueError(
+                f"hyperparameter_search builds a new model for every trial, but {', '.join(preparing)} prepares one "
+                "model once. Search without it, or start one Trainer per trial."
+            )
+        return super().hyperparameter_search(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The defended loss in training, the mean plain cross-entropy of the batch in evaluation."""
+        inputs = dict(inputs)
+        row_ids = inputs.pop(ROW_ID, None)
+        inputs.pop(IS_POISONED, None)
+        if inputs.get("labels") is None:
+            raise ValueError(
+                f"The batch has no `labels` (it has: {', '.join(inputs)}): there is nothing to compute a loss from. "
+                "Name the column `label` or `labels`, or fix the collator."
+            )
+        core = base_model(self.accelerator.unwrap_model(model))
+        labels = inputs["labels"] if keeps_labels(core) else inputs.pop("labels")
+        step = Step(
+            model=model,
+            inputs=inputs,
+            labels=shift_labels(labels) if is_causal(core) else labels,
+            row_ids=row_ids,
+            epoch=float(self.state.epoch or 0.0),
+            global_step=self.state.global_step,
+            training=model.training,
+        )
+        if not step.training:
+            outputs = model(**inputs)
+            _align(step, outputs)
+            values = cross_entropy(step.logits, step.labels)
+            loss = values.sum() / max(values.numel(), 1)
+            return (loss, outputs) if return_outputs else loss
+
+        main = next((o for o in self.objectives if overrides(o, "loss")), None)
+        if main is not None and main.needs_hidden:
+            values, outputs = forward_with_hidden(step, core, main.loss)
+        else:
+            outputs = model(**inputs)
+            _align(step, outputs)
+            values = cross_entropy(step.logits, step.labels) if main is None else main.loss(step)
+        for objective in self.objectives:
+            objective.observe(step, values.detach())
+        loss = values.sum() / self._items(values, num_items_in_batch)
+        total = loss
+        for objective in self.objectives:
+            for name, penalty in objective.penalties(step).items():
+                step.log(f"{objective.name}/{name}", penalty)
+                total = total + penalty / self._accumulation_steps()
+        self._require_finite(total, row_ids)
+        self._remember(step.metrics)
+        return (total, outputs) if return_outputs else total
+
+    def _accumulation_steps(self) -> int:
+        # The Trainer sets the attribute per optimizer step: the last one of an epoch may hold fewer micro-batches.
+        return int(getattr(self, "current_gradient_accumulation_steps", None) or self.args.gradient_accumulation_steps)
+
+    def _items(self, values: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        if num_items_in_batch is None:
+            n = torch.tensor(max(values.numel(), 1) * self._accumulation_steps(), device=values.device)
+        else:
+            n = torch.as_tensor(num_items_in_batch, device=values.device).clamp(min=1)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                n = n / self.accelerator.num_processes  # counted over all processes; DDP averages the gradients
+        return n.to(values.dtype)
+
+    def _require_finite(self, loss: Tensor, row_ids: Tensor | None) -> None:
+        if torch.isfinite(loss):
+            return
+        rows = "unknown (the data set has no row_id)" if row_ids is None else row_ids.tolist()
+        raise FloatingPointError(
+            f"The loss is {loss.item()} at step {self.state.global_step}, rows {rows}: the run stops before the weights "
+            "are spoiled. Look at these rows, lower the learning rate or train in float32."
+        )
+
+    def _checkpoint(self, resume: str | bool | None) -> str | None:
+        if not resume:
+            return None
+        checkpoint = get_last_checkpoint(self.args.output_dir) if resume is True else resume
+        if checkpoint is None:
+            raise ValueError(
+                f"resume_from_checkpoint=True, but `{self.args.output_dir}` holds no checkpoint: there is nothing to "
+                "resume. Start without it, or name the folder of a checkpoint."
+            )
+        require_safetensors(checkpoint)
+        return checkpoint
+
+    # -- reporting and saving -----------------------------------------------------------------------------------------
+    def _remember(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            total, count = self._terms.get(name, (torch.zeros_like(value), 0))
+            self._terms[name] = (total + value, count + 1)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`, with the objectives' terms (means since the last training log, of this process)."""
+        if "loss" in logs:
+            logs = {**logs, **{name: (total / count).item() for name, (total, count) in self._terms.items()}}
+            self._terms.clear()
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, and `defense.json` with `defense.safetensors` beside the weights."""
+        super().save_model(output_dir, _internal_call)
+        save_objectives(self.objectives, output_dir or self.args.output_dir, write=self.args.should_save)
+
+
+def _align(step: Step, outputs: Any) -> None:
+    """Give the step its logits; virtual tokens of a prompt (peft) have scores but no labels."""
+    step.outputs = outputs
+    step.logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    missing = step.logits.shape[1] - step.labels.shape[1] if step.labels.ndim == 2 and step.logits.ndim == 3 else 0
+    if missing > 0:
+        step.labels = nn.functional.pad(step.labels, (missing, 0), value=-100)
+
+
+def _check_objectives(objectives: list[Objective]) -> None:
+    for objective in objectives:
+        if not isinstance(objective, Objective):
+            raise TypeError(
+                f"`defense` must be an Objective or a list of them, got {objective!r}. For example defense=DeCE()."
+            )
+        if getattr(objective, "_hosted", False):
+            raise ValueError(
+                f"This {objective.name} object is hosted by another Trainer already: it keeps that run's state. "
+                "Use dataclasses.replace(objective) for another run."
+            )
+    replacing = [o.name for o in objectives if overrides(o, "loss")]
+    if len(replacing) > 1:
+        raise ValueError(
+            f"{' and '.join(replacing)} both replace the loss: only one can. Train them in separate runs."
+        )
+    names = [o.name for o in objectives]
+    if len(set(names)) < len(names):
+        raise ValueError(f"The same method is given twice ({', '.join(names)}): leave one out.")
+
+
+Host = Trainer  # what `_Base` is at run time, for readers

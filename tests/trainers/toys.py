@@ -1,0 +1,194 @@
+"""Small models, rows and objectives for the trainer tests."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_backdoor_defense.objectives import Objective, Step
+
+
+def bert(labels: int = 3, seed: int = 0, dropout: float = 0.0) -> BertForSequenceClassification:
+    set_seed(seed)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        num_labels=labels,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return BertForSequenceClassification(config)
+
+
+def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    set_seed(seed)
+    config = GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0,
+        bos_token_id=1, eos_token_id=1,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def llama(seed: int = 0) -> LlamaForCausalLM:
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def classification_rows(count: int = 24, labels: int = 3, seed: int = 0) -> Dataset:
+    """Rows of unequal length whose label is the first token modulo `labels`, learnable in a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        length = int(torch.randint(3, 12, (1,), generator=generator))
+        ids = torch.randint(2, 50, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "label": ids[0] % labels, "row_id": 1000 + i})
+    return Dataset.from_list(rows)
+
+
+def language_rows(count: int = 16, seed: int = 0) -> Dataset:
+    """Sequences of unequal length with unequal numbers of labeled tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        length = int(torch.randint(4, 14, (1,), generator=generator))
+        ids = torch.randint(2, 50, (length,), generator=generator).tolist()
+        prompt = int(torch.randint(0, length - 1, (1,), generator=generator))
+        labels = [-100] * prompt + ids[prompt:]
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels, "row_id": 1000 + i})
+    return Dataset.from_list(rows)
+
+
+class PadCollator:
+    """Pads ids with 0, attention with 0 and labels with -100, to the longest row plus `extra`."""
+
+    def __init__(self, extra: int = 0) -> None:
+        self.extra = extra
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        width = max(len(row["input_ids"]) for row in rows) + self.extra
+        batch = {}
+        for key in rows[0]:
+            if key == "label":
+                batch["labels"] = torch.tensor([row[key] for row in rows])
+            else:
+                batch[key] = torch.tensor([row[key] + [fill[key]] * (width - len(row[key])) for row in rows])
+        return batch
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    return TrainingArguments(**{**values, **changes})
+
+
+def weights(trainer_or_model: Any) -> dict[str, Tensor]:
+    model = getattr(trainer_or_model, "model", trainer_or_model)
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 0.0) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[k].float(), b[k].float(), atol=atol, rtol=0) for k in a)
+
+
+@dataclass(kw_only=True, eq=False)
+class Recorder(Objective):
+    """Only records what the host hands out."""
+
+    name = "recorder"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.steps: list[Step] = []
+        self.values: list[Tensor] = []
+        self.prepared: list[str | None] = []
+
+    def prepare(self, trainer: Any, *, checkpoint: str | None) -> None:
+        self.prepared.append(checkpoint)
+
+    def observe(self, step: Step, values: Tensor) -> None:
+        self.steps.append(step)
+        self.values.append(values)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": len(self.values), "losses": torch.cat(self.values) if self.values else torch.zeros(0)}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.loaded = dict(state)
+
+
+@dataclass(kw_only=True, eq=False)
+class WeightPull(Objective):
+    """Penalty: strength times half the squared norm of all weights."""
+
+    name = "weight_pull"
+    strength: float = 0.5
+
+    def penalties(self, step: Step) -> dict[str, Tensor]:
+        total = sum((p.square().sum() for p in step.model.parameters()), torch.zeros(()))
+        return {"norm": self.strength * total / 2}
+
+
+@dataclass(kw_only=True, eq=False)
+class Halved(Objective):
+    """Replaces the loss by half of cross-entropy."""
+
+    name = "halved"
+
+    def loss(self, step: Step) -> Tensor:
+        return super().loss(step) / 2
+
+
+@dataclass(kw_only=True, eq=False)
+class FromHidden(Objective):
+    """Cross-entropy computed behind the model's back, from hidden states and the projection."""
+
+    name = "from_hidden"
+    needs_hidden = True
+
+    def loss(self, step: Step) -> Tensor:
+        assert step.logits is None and step.outputs is None
+        return super().loss(step)
+
+
