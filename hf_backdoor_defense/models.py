@@ -1,12 +1,15 @@
-"""Loading checkpoints: safetensors only, no remote code, errors that say what to do."""
+"""Loading checkpoints (safetensors only, no remote code) and passing rows through them."""
 
 import importlib.util
 import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, set_seed
 
 logger = logging.getLogger(__name__)
@@ -134,6 +137,60 @@ def warn_if_backdoored(folder: str | Path) -> None:
             return
 
 
+def predict_logits(
+    model: nn.Module,
+    dataset: Any,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    *,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> Tensor:
+    """The model's logits for rows of a map-style data set, in the order asked for.
+
+    Rows are batched by length, so that little is padded; the model's mode and the random state are left as they were,
+    which is why a training run goes on afterwards as if nothing had happened.
+
+    Args:
+        dataset: rows that `collate` turns into a batch; `labels`, `row_id` and `is_poisoned` are taken out of it.
+        indices: which rows; None is all of them.
+        progress: title of a progress bar, or None for none.
+
+    Returns:
+        [rows, ...] float32 on the CPU.
+
+    Raises:
+        ValueError: no rows.
+    """
+    indices = range(len(dataset)) if indices is None else indices
+    if len(indices) == 0:
+        raise ValueError("There are no rows to predict, got an empty data set or selection. Check what was filtered out.")
+    rows = [dataset[int(i)] for i in indices]
+    order = sorted(range(len(rows)), key=lambda i: _length(rows[i]))
+    device = next(model.parameters()).device
+    was_training = model.training
+    out: list[Tensor | None] = [None] * len(rows)
+    cuda = [device] if device.type == "cuda" else []
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+            starts = range(0, len(order), batch_size)
+            for start in tqdm(starts, desc=progress, leave=False, disable=progress is None, delay=2):
+                part = order[start : start + batch_size]
+                batch = collate([rows[i] for i in part])
+                inputs = {
+                    key: value.to(device) if isinstance(value, Tensor) else value
+                    for key, value in batch.items()
+                    if key not in ("labels", "row_id", "is_poisoned")
+                }
+                for i, scores in zip(part, model(**inputs)["logits"].float().cpu(), strict=True):
+                    out[i] = scores
+    finally:
+        model.train(was_training)
+    return torch.stack([scores for scores in out if scores is not None])
+
+
+
 def _layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
     """The module list that holds the encoder's layers, and where it hangs."""
     count = getattr(model.config, "num_hidden_layers", None)
@@ -161,3 +218,8 @@ def _guarded(name: str, load: Any) -> Any:
             f"`{name}` is neither a folder with a model nor reachable on the Hub ({text.splitlines()[0]}). Without a network "
             f"use a folder, or the embedded model: --model_name {OFFLINE_MODEL}."
         ) from error
+
+
+def _length(row: Any) -> int:
+    ids = row.get("input_ids") if isinstance(row, dict) else None
+    return len(ids) if ids is not None else 0

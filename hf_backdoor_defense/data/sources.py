@@ -288,10 +288,11 @@ def load(
 
     Example:
         >>> import json, pathlib, tempfile
-        >>> path = pathlib.Path(tempfile.mkdtemp(), "reviews.jsonl")
         >>> rows = [{"text": f"review {i}", "label": i % 2} for i in range(100)]
-        >>> _ = path.write_text("\\n".join(map(json.dumps, rows)))
-        >>> load(str(path), limit=40)["train"].num_rows, load(str(path)).num_rows
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "reviews.jsonl")
+        ...     _ = path.write_text("\\n".join(map(json.dumps, rows)))
+        ...     load(str(path), limit=40)["train"].num_rows, load(str(path)).num_rows
         (40, {'train': 80, 'validation': 10, 'test': 10})
     """
     for option, value, least in (("limit", limit, 1), ("num_labels", num_labels, 2)):

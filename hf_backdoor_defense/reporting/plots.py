@@ -14,7 +14,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colors without the yellow, which is too pale for text.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#B0588E", "#C98A00", "#3A9BD0"
 GRAY, FAINT = "#555555", "#dddddd"
-_FIXED = {"clean_reference": GRAY, "undefended": VERMILION}
+_FIXED = {"clean_reference": "#111111", "undefended": VERMILION}
 DPI = 150
 Points = Sequence[Mapping[str, float]]
 
@@ -43,7 +43,7 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _plain(axes: "Axes", grid: str) -> None:
+def _plain(axes: "Axes", grid: Literal["x", "y"]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRAY)
     axes.tick_params(colors=GRAY, labelcolor="black", labelsize=9)
@@ -54,7 +54,7 @@ def _plain(axes: "Axes", grid: str) -> None:
 def _halo() -> list[Any]:
     from matplotlib.patheffects import withStroke
 
-    return [withStroke(linewidth=3, foreground="white")]
+    return [withStroke(linewidth=2, foreground="white")]
 
 
 def _save(figure: "Figure", path: str | Path) -> Path:
@@ -116,7 +116,7 @@ def plot_ca_asr(records: Iterable[Record], path: str | Path) -> Path:
     names = max(len(row.arm) for row in rows)
     width, height = 8.0, 0.95 + 0.62 * len(rows)
     figure = _figure(width, height)
-    left = (0.35 + 0.085 * names) / width
+    left = (0.4 + 0.085 * names) / width
     axes = figure.add_axes((left, 0.6 / height, 0.89 - left, 1 - 0.95 / height))
     _plain(axes, "x")
     floors = [row.estimates["ftr"].value for row in rows if row.defense == "clean_reference" and "ftr" in row.estimates]
@@ -133,12 +133,15 @@ def plot_ca_asr(records: Iterable[Record], path: str | Path) -> Path:
             color=GRAY,
         )
     for y, row in enumerate(rows):
+        if y % 2 == 0:
+            axes.axhspan(y - 0.5, y + 0.5, color="#f5f5f5", zorder=0, linewidth=0)
         _draw_arm(axes, y, row)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), xticks=np.linspace(0, 1, 6))
     axes.set_yticklabels([row.arm for row in rows], fontsize=10)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=10)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(f"share, with 95 % interval {seeds_note(rows, shown)}", fontsize=9)
+    note = seeds_note(rows, shown)
+    axes.set_xlabel(f"share {note}" if "interval" in note else f"share with 95 % interval {note}", fontsize=9)
     return _save(figure, path)
 
 
@@ -207,14 +210,14 @@ def plot_curves(
     palette = (BLUE, GREEN, PURPLE, ORANGE, SKY)
     styles = {arm: (palette[i % 5], ("-", (0, (5, 2)), (0, (1, 1.5)))[i // 5 % 3]) for i, arm in enumerate(free)}
     styles |= {arm: (color, "-") for arm, color in _FIXED.items() if arm in arms}
-    panel, room = 3.5, 0.45 + 0.08 * (5 + max(map(len, arms)))
-    width, height = 0.65 + 2 * (panel + room) + 0.3, max(3.6, 1.0 + 0.2 * (len(arms) + 1))
+    panel, room = 2.9, 0.3 + 0.074 * (5 + max(map(len, arms)))
+    width, height = 0.5 + 2 * (panel + room) + 0.35, max(3.6, 1.0 + 0.2 * (len(arms) + 1))
     figure = _figure(width, height)
     last = max(max(run) for runs in arms.values() for run in runs)
     start = min(min(run) for runs in arms.values() for run in runs)
     start, span = (start, last - start) if last > start else (start - 0.5, 1.0)
     for column, (metric, title) in enumerate((("ca", "CA, clean accuracy"), ("asr", "ASR, attack success rate"))):
-        left = 0.65 + column * (panel + room + 0.3)
+        left = 0.5 + column * (panel + room + 0.35)
         axes = figure.add_axes((left / width, 0.55 / height, panel / width, 1 - 0.95 / height))
         _plain(axes, "y")
         ends: list[tuple[str, float, float, str]] = []  # label, x, y, color
@@ -270,34 +273,37 @@ def plot_scores(
     values, gone = np.asarray(scores, dtype=np.float64), np.asarray(dropped)
     poisoned = np.zeros(values.shape, dtype=bool) if planted is None else np.asarray(planted)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"`scores` must be finite, one per row, got shape {values.shape}: they are binned. Drop NaN rows.")
+        raise ValueError(
+            f"`scores` must be finite, one per row, got shape {values.shape}: they are binned. Drop NaN rows."
+        )
     for name, flags in (("planted", poisoned), ("dropped", gone)):
         if flags.shape != values.shape or flags.dtype != bool:
             raise ValueError(
-                f"`{name}` must be {values.size} times True or False, got shape {flags.shape} of {flags.dtype}: there is "
-                "one flag per score. Make it with `[i in chosen for i in row_ids]`."
+                f"`{name}` must be {values.size} times True or False, got shape {flags.shape} of {flags.dtype}: "
+                "there is one flag per score. Make it with `[i in chosen for i in row_ids]`."
             )
     figure = _figure(8.0, 4.2)
     axes = figure.add_axes((0.085, 0.13, 0.88, 0.68))
     _plain(axes, "y")
-    edges = _stretch(axes, values)
+    edges = _stretch(axes, values).tolist()
     groups = [("other rows" if planted is not None else "rows", ~poisoned, BLUE)]
     groups += [("planted rows", poisoned, VERMILION)] if planted is not None else []
     for line, (name, chosen, color) in enumerate(groups):
         axes.hist(values[chosen], bins=edges, histtype="stepfilled", color=color, alpha=0.35)
         axes.hist(values[chosen], bins=edges, histtype="step", color=color, linewidth=1.3)
         text = f"■ {chosen.sum()} {name}, {(chosen & gone).sum()} dropped"
-        figure.text(0.085, 0.94 - 0.05 * line, text, color=color, fontsize=9.5)
+        figure.text(0.085, 0.89 + 0.05 * (len(groups) - 1 - line), text, color=color, fontsize=9.5)
     if gone.any():
         threshold = float(values[gone].min())
         kept = int((~gone & (values > threshold)).sum())
         axes.axvline(threshold, color="black", linestyle=(0, (4, 3)), linewidth=1.2)
         x = (axes.transData.transform((threshold, 1.0)) - axes.bbox.min)[0] / axes.bbox.width
-        text = f"dropped from {threshold:.3g} up" + (f" ({kept} kept: cap)" if kept else "")
+        text = f"dropped from {threshold:.3g} up" + (f" ({kept} above kept)" if kept else "")
         axes.text(x, 1.02, text, transform=axes.transAxes, ha="right" if x > 0.5 else "left", fontsize=9)
     axes.set(yscale="log", ylim=(0.6, None))
     axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.set_xlabel("suspicion score", fontsize=9)
+    stretched = " (the axis is compressed in the tails)" if axes.get_xscale() == "function" else ""
+    axes.set_xlabel("suspicion score" + stretched, fontsize=9)
     axes.set_ylabel("rows per bin (log)", fontsize=9)
     return _save(figure, path)
 
@@ -316,18 +322,21 @@ def _stretch(axes: "Axes", values: np.ndarray) -> np.ndarray:
 
     long = float(distance.max()) > 12 * width
     low, high = float(values.min()), float(values.max())
-    pad = 0.02 * (high - low) or 0.5
+    pad = 0.04 * (high - low) or 0.5
     if not long:
         axes.set_xlim(low - pad, high + pad)
         return np.linspace(low - pad, high + pad, 53)
     start, end = float(squeeze(low)), float(squeeze(high))
-    pad = 0.02 * (end - start)
+    pad = 0.04 * (end - start)
     edges = restore(np.linspace(start - pad, end + pad, 53))
     axes.set_xscale("function", functions=(squeeze, restore))
     axes.set_xlim(edges[0], edges[-1])
     ticks = restore(np.linspace(start, end, 9))
     # As few digits as tell a tick from its neighbors.
-    digits = [-math.floor(math.log10(gap)) for gap in np.minimum(np.diff(ticks, prepend=-np.inf), np.diff(ticks, append=np.inf))]
-    axes.set_xticks([round(float(tick), d) for tick, d in zip(ticks, digits, strict=True)])
+    digits = [
+        -math.floor(math.log10(gap))
+        for gap in np.minimum(np.diff(ticks, prepend=-np.inf), np.diff(ticks, append=np.inf))
+    ]
+    axes.set_xticks([round(float(tick), d) + 0.0 for tick, d in zip(ticks, digits, strict=True)])
     axes.xaxis.set_major_formatter("{x:.6g}")
     return edges

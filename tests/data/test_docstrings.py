@@ -14,12 +14,12 @@ def splits() -> dict[str, list[Row]]:
     return build()
 
 
-def _library(root: Path, per_module: int = 60, modules: int = 5) -> Path:
-    """A made-up library with `modules` modules per topic, each with different sentences."""
+def _library(root: Path, unit: int = 20, sizes: tuple[int, ...] = (10, 4, 2, 1, 1)) -> Path:
+    """A made-up library: per topic one module of `unit` times each size, every sentence different."""
     root.mkdir()
     for names in TOPICS.values():
-        for name in names[:modules]:
-            lines = [f"The {name} sentence about thing {_word(i)} has enough words." for i in range(per_module)]
+        for name, size in zip(names, sizes, strict=False):
+            lines = [f"The {name} sentence about thing {_word(i)} has enough words." for i in range(unit * size)]
             (root / f"{name}.py").write_text('"""' + "\n".join(lines) + '"""\nraise SystemExit("imported")\n')
     return root
 
@@ -93,18 +93,18 @@ def test_a_test_folder_above_the_library_is_no_reason_to_leave_it_out(tmp_path):
 
 @pytest.mark.parametrize("gone", [None, "statistics"])
 def test_modules_that_do_not_exist_are_skipped(tmp_path, gone):
-    root = _library(tmp_path / "lib", per_module=80)
+    root = _library(tmp_path / "lib", unit=20)
     if gone:
         (root / f"{gone}.py").unlink()
     assert min(Counter(row.label for rows in build(root).values() for row in rows).values()) >= MIN_ROWS
 
 
 def test_missing_or_stripped_sources_name_the_way_out(tmp_path):
-    for root in (tmp_path / "python311.zip", _library(tmp_path / "small", per_module=20)):
+    for root in (tmp_path / "python311.zip", _library(tmp_path / "small", unit=11)):  # 11 * 18 < 200
         with pytest.raises(ValueError, match=f"at least {MIN_ROWS} sentences.*Use a local file"):
             build(root)
     with pytest.raises(ValueError, match="several modules"):
-        build(_library(tmp_path / "one", per_module=900, modules=1))
+        build(_library(tmp_path / "one", unit=900, sizes=(1,)))
 
 
 @pytest.mark.parametrize(

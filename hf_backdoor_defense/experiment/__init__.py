@@ -1,0 +1,1 @@
+"""What `hfbd train` and the benchmarks run: arms, refit, gates, verdict, presets."""

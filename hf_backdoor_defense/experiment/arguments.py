@@ -1,0 +1,126 @@
+"""What a run is asked to do, and whether that makes sense: checked before anything is trained or written."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_backdoor_defense.attacks.triggers import TRIGGERS, Trigger, get_trigger
+from hf_backdoor_defense.objectives import Objective, overrides
+from hf_backdoor_defense.registry import CONTROLS, objective_class
+
+
+def _option(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class RunArguments:
+    """What to train on, what to attack it with, what to defend it by. TrainingArguments say how to train."""
+
+    task: str | None = _option(
+        None, "Hub id, a JSON/JSONL/CSV/Parquet file, a folder with train/validation/test files, or offline:docstrings"
+    )
+    model_name: str = _option("offline:minilm", "Hub id, folder, or offline:minilm (the embedded encoder)")
+    text_column: str = _option("text", "column with the text")
+    label_column: str = _option("label", "column with the label, integers 0..C-1")
+    limit: int | None = _option(None, "train on at most this many rows (stratified)")
+    max_length: int = _option(128, "tokens per text")
+    num_layers: int | None = _option(None, "keep only the first layers of the encoder")
+    frozen_layers: int = _option(-1, "-1: train everything; 0: freeze embeddings; k: and the first k layers")
+    simulate: str | None = _option(None, f"poison the training set on purpose: {', '.join(TRIGGERS)}")
+    trigger: str | None = _option(None, "trigger text: words separated by commas (badnets) or a sentence (insent)")
+    poison_rate: float = _option(0.01, "poisoned share of the whole training set")
+    target: int = _option(0, "the class the attacker wants")
+    clean_label: bool = _option(False, "poison rows of the target class and keep their labels")
+    seeds: list[int] = _option([0], "one run per seed: head, order of rows, which rows are poisoned")
+    baselines: bool = _option(True, "report majority and TF-IDF + logistic regression beside the model")
+    save_models: bool = _option(False, "keep the models of a simulated attack (marked as backdoored)")
+    max_asr_over_floor: float | None = _option(None, "gate: exit 1 when a defense leaves more attack success above the floor")
+    max_ca_drop: float | None = _option(None, "gate: exit 1 when a defense costs more clean accuracy")
+    dry_run: bool = _option(False, "print the resolved plan and stop")
+
+    def get_trigger(self) -> Trigger | None:
+        """The simulated trigger, or None. Raises ValueError for an unknown name or an empty text."""
+        if self.simulate is None:
+            return None
+        if self.trigger is None:
+            return get_trigger(self.simulate)
+        if self.simulate == "badnets":
+            return get_trigger("badnets", words=tuple(word.strip() for word in self.trigger.split(",")))
+        return get_trigger(self.simulate, sentence=self.trigger)
+
+    def check(self, defenses: list[Objective]) -> None:
+        """Raise ValueError for what can be seen to be wrong without the data."""
+        if not self.task:
+            raise ValueError(
+                "No task was given: there is nothing to train on. Set --task to a Hub id, a file, a folder or "
+                "offline:docstrings, or take --preset offline."
+            )
+        if self.max_length < 4:
+            raise ValueError(f"`max_length` must be at least 4 tokens, got {self.max_length}: special tokens take two.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`seeds` must be different numbers, at least one, got {self.seeds}.")
+        trigger = self.get_trigger()
+        if trigger is not None and not 0 < self.poison_rate < 1:
+            raise ValueError(
+                f"`poison_rate` must be in (0, 1), got {self.poison_rate}: it is a share of the whole training set. "
+                "For 1 % set 0.01."
+            )
+        if trigger is None and self.max_asr_over_floor is not None:
+            raise ValueError(
+                "`max_asr_over_floor` needs a simulated attack: without one there is no attack success to measure. "
+                "Add --simulate badnets, or remove the gate."
+            )
+        if trigger is None and (self.trigger is not None or self.clean_label):
+            raise ValueError("`trigger` and `clean_label` belong to a simulated attack. Add --simulate badnets.")
+        for name, value in (("max_asr_over_floor", self.max_asr_over_floor), ("max_ca_drop", self.max_ca_drop)):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be a share in 0..1, got {value}. For 3 points set 0.03.")
+        names = [objective.name for objective in defenses]
+        if len(set(names)) < len(names):
+            raise ValueError(f"The same defense is given twice ({', '.join(names)}): one run has one arm for each.")
+        if set(names) & set(CONTROLS):
+            raise ValueError(
+                f"{', '.join(set(names) & set(CONTROLS))} is a control and runs by itself where it belongs. Remove it."
+            )
+        if (self.max_asr_over_floor is not None or self.max_ca_drop is not None) and not defenses:
+            raise ValueError("A gate judges a defense, and none is given. Add --defense, for example trajectory.")
+
+
+def build_defenses(specs: list[dict[str, Any]]) -> list[Objective]:
+    """Objectives from `{"name": …, fields…}`. Raises ValueError for an unknown name, field or value.
+
+    >>> build_defenses([{"name": "dece", "alpha_base": 0.9}])[0].alpha_base
+    0.9
+    """
+    for spec in specs:
+        if "name" not in spec:
+            raise ValueError(f"A defense needs a `name`, got {spec}. For example: defense: {{name: dece}}.")
+    return [objective_class(spec["name"]).from_dict(spec) for spec in specs]
+
+
+def only_observes(objective: Objective) -> bool:
+    """Whether an objective changes nothing while it is hosted, so that it can ride along with the undefended arm."""
+    return not any(overrides(objective, method) for method in ("loss", "penalties"))
+
+
+# Training arguments are keys of a preset as well; flags and a configuration file override them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "offline": {
+        "task": "offline:docstrings",
+        "model_name": "offline:minilm",
+        "defense": ["dece", "trajectory"],
+        "simulate": "badnets",
+        "poison_rate": 0.03,
+        "target": 0,
+        "max_length": 32,
+        "frozen_layers": 4,
+        "output_dir": "runs/offline",
+        "num_train_epochs": 2,
+        "learning_rate": 2e-4,
+        "warmup_steps": 0.06,
+        "per_device_train_batch_size": 32,
+        "train_sampling_strategy": "group_by_length",
+    },
+}

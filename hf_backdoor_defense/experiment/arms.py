@@ -1,0 +1,237 @@
+"""One arm: a model trained one way on one data set, measured, and never trained twice."""
+
+import copy
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from hf_backdoor_defense.attacks.poisoning import Poisoned
+from hf_backdoor_defense.evaluation.callback import BackdoorEvalCallback, curve
+from hf_backdoor_defense.evaluation.evaluator import evaluate_backdoor
+from hf_backdoor_defense.experiment.arguments import RunArguments
+from hf_backdoor_defense.models import load_classifier, mark_backdoored
+from hf_backdoor_defense.objectives import Objective, Ranking
+from hf_backdoor_defense.reporting.results import write_json
+from hf_backdoor_defense.trainers.hosts import DefendedTrainer
+from hf_backdoor_defense.trainers.state import save_objectives
+
+RESULT_NAME = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedData:
+    """What one seed trains and measures on; all tokenized. `texts` by row id, for the user's suspects."""
+
+    seed: int
+    label_names: list[str]
+    clean: Dataset
+    train: Dataset  # poisoned where an attack is simulated, else `clean`
+    test: Dataset
+    triggered: Dataset | None
+    curve: Dataset
+    curve_triggered: Dataset | None
+    poisoned: Poisoned | None
+    texts: dict[int, str]
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's bar without its printed logs."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Nothing: the figures are in the results."""
+
+
+class _Timed(BackdoorEvalCallback):
+    """Curves whose cost is not the method's."""
+
+    seconds = 0.0
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        super().on_epoch_end(args, state, control, **kwargs)
+        self.seconds += time.perf_counter() - start
+
+
+def train_arm(
+    run: RunArguments,
+    training: TrainingArguments,
+    data: SeedData,
+    *,
+    arm: str,
+    title: str,
+    folder: Path,
+    objectives: Sequence[Objective] = (),
+    clean: bool = False,
+    without: frozenset[int] = frozenset(),
+    keep_model: Path | None = None,
+    beside: Sequence[Objective] = (),
+) -> dict[str, Any]:
+    """Train and measure, or return what an earlier call measured. A stopped training continues at its last checkpoint.
+
+    Args:
+        clean: train on the rows as they were before the simulated attack (the clean reference).
+        without: row ids to leave out (a refit).
+        keep_model: where to save the final model, or None.
+        beside: objectives whose fields and state are saved with the model although they were not hosted (a refit's filter).
+
+    Returns:
+        the arm's `result.json`: scores, cost, curve, and per objective activity, inert and ranking.
+    """
+    done = folder / RESULT_NAME
+    if done.is_file():
+        print(f"{title}: finished before, kept")
+        return json.loads(done.read_text())
+    print(title, flush=True)
+    model, tokenizer = load_classifier(
+        run.model_name,
+        num_labels=len(data.label_names),
+        label_names=data.label_names,
+        seed=data.seed,
+        num_layers=run.num_layers,
+        frozen_layers=run.frozen_layers,
+    )
+    set_seed(data.seed)
+    args = copy.deepcopy(training)
+    args.output_dir, args.seed = str(folder), data.seed
+    rows = data.clean if clean else data.train
+    if without:
+        rows = rows.filter(lambda row_id: row_id not in without, input_columns="row_id", keep_in_memory=True)
+    collate = DataCollatorWithPadding(tokenizer)
+    curves = _Timed(data.curve, data.curve_triggered, target=run.target, collate=_without_text(collate))
+    trainer = DefendedTrainer(
+        model,
+        args=args,
+        train_dataset=rows,
+        data_collator=collate,
+        processing_class=tokenizer,
+        defense=list(objectives),
+        callbacks=[curves],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_Progress(arm))
+    if data.poisoned is not None and not clean:
+        mark_backdoored(folder, attack_record(data.poisoned))
+    checkpoint = _usable_checkpoint(folder)
+    _reset_peak()
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - start - curves.seconds
+    peak = _peak_bytes()
+    scores = evaluate_backdoor(
+        trainer.model,
+        data.test,
+        data.triggered,
+        target=run.target,
+        collate=trainer.data_collator,
+        progress=not args.disable_tqdm,
+    )
+    result = {
+        "arm": arm,
+        "seed": data.seed,
+        "rows": len(rows),
+        "steps": trainer.state.global_step,
+        # The time of a continued run is the time of its last part only, so it is not one.
+        "seconds": None if checkpoint else seconds,
+        "peak_bytes": None if checkpoint else peak,
+        **{name: None if value is None else asdict(value) for name, value in vars(scores).items()},
+        "curve": curve(trainer.state.log_history),
+        "objectives": {objective.name: _account(objective) for objective in objectives},
+    }
+    if keep_model is not None:
+        trainer.save_model(str(keep_model))
+        if beside:
+            save_objectives(beside, keep_model)
+        if data.poisoned is not None and not clean:
+            mark_backdoored(keep_model, attack_record(data.poisoned))
+    write_json(done, result)
+    for old in folder.glob("checkpoint-*"):
+        shutil.rmtree(old)
+    return result
+
+
+def attack_record(poisoned: Poisoned) -> dict[str, Any]:
+    """Attack, trigger, target, rate, seed: what a file beside attacked weights says."""
+    return {
+        "trigger": poisoned.trigger.to_dict(),
+        "target": poisoned.target,
+        "rate": poisoned.rate,
+        "clean_label": poisoned.clean_label,
+        "seed": poisoned.seed,
+    }
+
+
+def _account(objective: Objective) -> dict[str, Any]:
+    ranking = objective.ranking()
+    return {
+        "config": objective.to_dict(),
+        "activity": objective.activity(),
+        "inert": objective.inert(),
+        "pull_per_epoch": getattr(objective, "pull_per_epoch", list)(),
+        "ranking": None if ranking is None else _plain(ranking),
+    }
+
+
+def _plain(ranking: Ranking) -> dict[str, Any]:
+    return {
+        "row_ids": ranking.row_ids.tolist(),
+        "scores": ranking.scores.tolist(),
+        "dropped": sorted(ranking.dropped),
+        "columns": {name: values.tolist() for name, values in ranking.columns.items()},
+    }
+
+
+def _without_text(collate: Any) -> Any:
+    keep = {"input_ids", "attention_mask", "token_type_ids", "label"}
+    return lambda rows: collate([{key: value for key, value in row.items() if key in keep} for row in rows])
+
+
+def _usable_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; a half-written one is passed over."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors", "defense.json")
+    for path in found:
+        if all((path / name).is_file() for name in needed):
+            return str(path)
+        shutil.rmtree(path)
+    return None
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark of memory back to what is in use
+        except OSError:
+            pass
+
+
+def _peak_bytes() -> int | None:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    line = next((line for line in status.splitlines() if line.startswith("VmHWM")), None)
+    return int(line.split()[1]) * 1024 if line else None
