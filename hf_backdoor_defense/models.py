@@ -148,9 +148,6 @@ def predict_logits(
 ) -> Tensor:
     """The model's logits for rows of a map-style data set, in the order asked for.
 
-    Rows are batched by length, so that little is padded; the model's mode and the random state are left as they were,
-    which is why a training run goes on afterwards as if nothing had happened.
-
     Args:
         dataset: rows that `collate` turns into a batch; `labels`, `row_id` and `is_poisoned` are taken out of it.
         indices: which rows; None is all of them.
@@ -162,6 +159,47 @@ def predict_logits(
     Raises:
         ValueError: no rows.
     """
+
+    def logits(inputs: dict[str, Any]) -> Tensor:
+        return model(**inputs)["logits"]
+
+    return _pass(model, logits, dataset, collate, indices, batch_size, progress)
+
+
+def pooled_features(
+    model: nn.Module,
+    dataset: Any,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    *,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> Tensor:
+    """Last hidden states, averaged over the tokens that are no padding. Arguments and errors as `predict_logits`.
+
+    Returns:
+        [rows, d] float32 on the CPU.
+    """
+
+    def pooled(inputs: dict[str, Any]) -> Tensor:
+        hidden = model(**inputs, output_hidden_states=True)["hidden_states"][-1]  # [batch, time, d]
+        mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device)).unsqueeze(-1)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    return _pass(model, pooled, dataset, collate, indices, batch_size, progress)
+
+
+def _pass(
+    model: nn.Module,
+    compute: Callable[[dict[str, Any]], Tensor],
+    dataset: Any,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    indices: Sequence[int] | None,
+    batch_size: int,
+    progress: str | None,
+) -> Tensor:
+    """One pass in evaluation mode, batched by length so that little is padded. The model's mode and the random state are left
+    as they were: a training run goes on afterwards as if nothing had happened."""
     indices = range(len(dataset)) if indices is None else indices
     if len(indices) == 0:
         raise ValueError("There are no rows to predict, got an empty data set or selection. Check what was filtered out.")
@@ -169,26 +207,23 @@ def predict_logits(
     order = sorted(range(len(rows)), key=lambda i: _length(rows[i]))
     device = next(model.parameters()).device
     was_training = model.training
-    out: list[Tensor | None] = [None] * len(rows)
-    cuda = [device] if device.type == "cuda" else []
+    out: list[Tensor] = [torch.empty(0)] * len(rows)
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             starts = range(0, len(order), batch_size)
             for start in tqdm(starts, desc=progress, leave=False, disable=progress is None, delay=2):
                 part = order[start : start + batch_size]
-                batch = collate([rows[i] for i in part])
                 inputs = {
                     key: value.to(device) if isinstance(value, Tensor) else value
-                    for key, value in batch.items()
+                    for key, value in collate([rows[i] for i in part]).items()
                     if key not in ("labels", "row_id", "is_poisoned")
                 }
-                for i, scores in zip(part, model(**inputs)["logits"].float().cpu(), strict=True):
-                    out[i] = scores
+                for i, values in zip(part, compute(inputs).float().cpu(), strict=True):
+                    out[i] = values
     finally:
         model.train(was_training)
-    return torch.stack([scores for scores in out if scores is not None])
-
+    return torch.stack(out)
 
 
 def _layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:

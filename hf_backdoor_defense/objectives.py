@@ -14,6 +14,7 @@ What is asked for, and when:
 | `penalties` | on every training micro-batch | named scalars, added to the loss |
 | `observe` | on every training micro-batch | - |
 | `ranking` | after training | the training rows, most suspicious first, or None |
+| `refit` | after training | what to host in a training without the dropped rows, or None |
 | `activity`, `inert` | after training | what it did; why it did nothing |
 | `state_dict`, `load_state_dict` | with every checkpoint, and on resume | tensors and JSON |
 
@@ -207,6 +208,10 @@ class Objective(TrainerCallback):
 
     def ranking(self) -> Ranking | None:
         """After training: the rows by suspicion, for a method that ranks training rows; else None."""
+        return None
+
+    def refit(self) -> "Objective | None":
+        """What to host while training again without the rows that `ranking` drops, or None to train plainly."""
         return None
 
     def activity(self) -> dict[str, float]:

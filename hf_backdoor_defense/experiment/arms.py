@@ -23,7 +23,7 @@ from hf_backdoor_defense.models import load_classifier, mark_backdoored
 from hf_backdoor_defense.objectives import Objective, Ranking
 from hf_backdoor_defense.reporting.results import write_json
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
-from hf_backdoor_defense.trainers.state import save_objectives
+from hf_backdoor_defense.trainers.state import load_objective, save_objectives
 
 RESULT_NAME = "result.json"
 
@@ -83,23 +83,24 @@ def train_arm(
     clean: bool = False,
     without: frozenset[int] = frozenset(),
     keep_model: Path | None = None,
-    beside: Sequence[Objective] = (),
-) -> dict[str, Any]:
+    aux: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], list[Objective]]:
     """Train and measure, or return what an earlier call measured. A stopped training continues at its last checkpoint.
 
     Args:
         clean: train on the rows as they were before the simulated attack (the clean reference).
         without: row ids to leave out (a refit).
         keep_model: where to save the final model, or None.
-        beside: objectives whose fields and state are saved with the model although they were not hosted (a refit's filter).
+        aux: further data sets by role.
 
     Returns:
-        the arm's `result.json`: scores, cost, curve, and per objective activity, inert and ranking.
+        the arm's `result.json` (scores, cost, curve, and per objective activity, inert and ranking), and the objectives
+        as they were at the end of training.
     """
     done = folder / RESULT_NAME
     if done.is_file():
         print(f"{title}: finished before, kept")
-        return json.loads(done.read_text())
+        return json.loads(done.read_text()), [load_objective(type(objective), folder) for objective in objectives]
     print(title, flush=True)
     model, tokenizer = load_classifier(
         run.model_name,
@@ -124,6 +125,7 @@ def train_arm(
         data_collator=collate,
         processing_class=tokenizer,
         defense=list(objectives),
+        aux_datasets=aux,
         callbacks=[curves],
     )
     trainer.remove_callback(PrinterCallback)
@@ -159,14 +161,13 @@ def train_arm(
     }
     if keep_model is not None:
         trainer.save_model(str(keep_model))
-        if beside:
-            save_objectives(beside, keep_model)
         if data.poisoned is not None and not clean:
             mark_backdoored(keep_model, attack_record(data.poisoned))
+    save_objectives(objectives, folder)
     write_json(done, result)
     for old in folder.glob("checkpoint-*"):
         shutil.rmtree(old)
-    return result
+    return result, list(objectives)
 
 
 def attack_record(poisoned: Poisoned) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from hf_backdoor_defense.attacks.poisoning import (
 from hf_backdoor_defense.data.sources import baselines, describe, load
 from hf_backdoor_defense.experiment.arguments import RunArguments, only_observes
 from hf_backdoor_defense.experiment.arms import SeedData, train_arm
-from hf_backdoor_defense.experiment.summary import Outcome, records_of, summarize_run, write_outcome
+from hf_backdoor_defense.experiment.summary import Outcome, rankings, records_of, summarize_run, write_outcome
 from hf_backdoor_defense.models import load_classifier
 from hf_backdoor_defense.objectives import Objective
 from hf_backdoor_defense.registry import objective_class
@@ -185,6 +185,7 @@ def _run_seed(plan: Plan, data: SeedData) -> tuple[dict[str, dict[str, Any]], li
     observers = [objective for objective in plan.defenses if only_observes(objective)]
     by_name = {objective.name: objective for objective in plan.defenses}
     results: dict[str, dict[str, Any]] = {}
+    recorded: dict[str, Objective] = {}
     suspects: list[dict[str, Any]] = []
     total = len(plan.arms) * len(run.seeds)
     for number, arm in enumerate(plan.arms, start=1 + len(plan.arms) * run.seeds.index(data.seed)):
@@ -202,14 +203,18 @@ def _run_seed(plan: Plan, data: SeedData) -> tuple[dict[str, dict[str, Any]], li
         elif arm == "matched_decay":
             pull = results["dece"]["objectives"]["dece"]["pull_per_epoch"]
             options["objectives"] = [objective_class(arm)(pull=pull)]  # type: ignore[call-arg]
-        elif only_observes(by_name[arm]):
-            account = results["undefended"]["objectives"][arm]
-            suspects += _suspects(account["ranking"], data)
-            options["without"] = frozenset(account["ranking"]["dropped"])
-            options["beside"] = [dataclasses.replace(by_name[arm])]
+        elif arm in recorded:
+            ranking, follow = recorded[arm].ranking(), recorded[arm].refit()
+            assert ranking is not None
+            options |= {"without": ranking.dropped, "aux": {"rows": data.train}}
+            options["objectives"] = [] if follow is None else [follow]
         else:
             options["objectives"] = [dataclasses.replace(by_name[arm])]
-        results[arm] = train_arm(run, plan.training, data, **options)
+        results[arm], objectives = train_arm(run, plan.training, data, **options)
+        if arm == "undefended":
+            recorded = {objective.name: objective for objective in objectives if objective.ranking() is not None}
+        elif arm in recorded:
+            suspects += _suspects(rankings(results)[arm], data)
     return results, suspects
 
 

@@ -1,0 +1,1 @@
+"""`hfbd VERB`: parsing only. The work is in `experiment` and below."""

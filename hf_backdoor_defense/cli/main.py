@@ -1,0 +1,65 @@
+"""The command `hfbd`. Exit codes: 0 ran and gates met, 1 a gate failed or a defense was inert, 2 an error."""
+
+import os
+import sys
+import traceback
+
+VERBS = {
+    "train": "fine-tune with a defense; with --simulate, measure it against an attack and its controls",
+    "eval": "measure a finished model on clean and triggered rows",
+}
+USAGE = "usage: hfbd VERB [options]\n\n" + "\n".join(f"  {verb:8} {what}" for verb, what in VERBS.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return the exit code.
+
+    >>> main(["--help"])  # doctest: +ELLIPSIS
+    usage: hfbd VERB [options]
+    ...
+    0
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE + "\n\nhfbd VERB --help lists a verb's options.")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from hf_backdoor_defense import __version__
+
+        print(__version__)
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        print(f"hfbd: there is no verb `{verb}`.\n\n{USAGE}", file=sys.stderr)
+        return 2
+    # Nothing here needs the parallel tokenizers, and their warning after a fork would be the first thing a user reads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if verb == "train":
+            from hf_backdoor_defense.cli.train import train
+
+            return train(rest)
+        from hf_backdoor_defense.cli.eval import evaluate
+
+        return evaluate(rest)
+    except SystemExit as stop:  # argparse: 0 after --help, 2 after a bad option
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print("\nhfbd: stopped. The same command continues the run.", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"hfbd: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        traceback.print_exc()
+        print("hfbd: this is a bug of ours; please report it with the lines above.", file=sys.stderr)
+        return 2
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,249 @@
+"""From arms to evidence: records, gates, one honest sentence, and the files of a run folder."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_backdoor_defense.evaluation.metrics import (
+    Estimate,
+    auroc,
+    defense_effectiveness_rate,
+    mean_over_seeds,
+    precision_at,
+    recall_at,
+    wilson,
+)
+from hf_backdoor_defense.reporting.plots import plot_ca_asr, plot_curves, plot_scores
+from hf_backdoor_defense.reporting.results import Record, environment, write_bytes, write_json
+from hf_backdoor_defense.reporting.tables import render_terminal
+
+Results = dict[int, dict[str, dict[str, Any]]]  # seed -> arm -> result.json
+
+# Beyond this a difference is called one; within it the sentence says "unchanged". A share.
+NOTABLE = 0.03
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`exit_code`: 0 ran and gates met, 1 a gate failed or a defense was inert; `failures`: why."""
+
+    records: list[Record]
+    table: str
+    verdict: str
+    failures: list[str]
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.failures else 0
+
+
+def records_of(
+    plan: Any, results: Results, planted: dict[int, set[int]], baselines: dict[str, tuple[int, int]]
+) -> list[Record]:
+    """Every measured value of a run, one record each."""
+    run = plan.run
+    layers = "" if run.num_layers is None else f", {run.num_layers} layers"
+    common: dict[str, Any] = {
+        "benchmark": "run",
+        "dataset": str(run.task),
+        "model": f"{run.model_name}{layers}",
+        "attack": "none" if run.simulate is None else run.simulate,
+        "setting": "" if run.simulate is None else f"rate={run.poison_rate:g}{', clean-label' if run.clean_label else ''}",
+        "env": environment(),
+    }
+    records = []
+
+    def add(seed: int, defense: str, metric: str, value: float | None, estimate: dict[str, Any] | None = None) -> None:
+        parts = {"value": value} if estimate is None else estimate
+        if parts["value"] is not None:
+            records.append(Record(seed=seed, defense=defense, metric=metric, **common, **parts))
+
+    for seed, arms in results.items():
+        for name, (correct, n) in baselines.items():
+            estimate = wilson(correct, n)
+            add(seed, name, "ca", None, vars(estimate))
+        base = arms.get("undefended")
+        for arm, result in arms.items():
+            add(seed, arm, "ca", None, result["ca"])
+            if result["asr"] is not None:
+                add(seed, arm, "ftr" if arm == "clean_reference" else "asr", None, result["asr"])
+                add(seed, arm, "r_acc", None, result["r_acc"])
+            seconds, reference = _seconds(arm, arms), _seconds("undefended", arms)
+            add(seed, arm, "seconds", seconds)
+            add(seed, arm, "peak_bytes", result["peak_bytes"])
+            if seconds is not None and reference:
+                add(seed, arm, "time_ratio", seconds / reference)
+            if base is not None and result["peak_bytes"] and base["peak_bytes"]:
+                add(seed, arm, "memory_ratio", result["peak_bytes"] / base["peak_bytes"])
+            if base is not None and base["asr"] is not None and arm not in ("undefended", "clean_reference"):
+                rate = defense_effectiveness_rate(
+                    ca_before=base["ca"]["value"],
+                    ca_after=result["ca"]["value"],
+                    asr_before=base["asr"]["value"],
+                    asr_after=result["asr"]["value"],
+                )
+                add(seed, arm, "der", rate)
+        for arm, ranking in rankings(arms).items():
+            if seed not in planted:
+                continue
+            hits = [row_id in planted[seed] for row_id in ranking["row_ids"]]
+            count = sum(hits)
+            dropped = len(ranking["dropped"])
+            add(seed, arm, "precision", precision_at(hits, count))
+            add(seed, arm, "recall", recall_at(hits, dropped) if dropped else 0.0)
+            add(seed, arm, "auroc", auroc(ranking["scores"], hits))
+    return records
+
+
+def summarize_run(plan: Any, results: Results, records: list[Record]) -> Outcome:
+    """Table, gates and verdict."""
+    failures = []
+    run = plan.run
+    for objective in plan.defenses:
+        for seed, arms in results.items():
+            hosted = {**arms.get("undefended", {}).get("objectives", {}), **arms[objective.name]["objectives"]}
+            reason = hosted.get(objective.name, {}).get("inert")
+            if reason:
+                failures.append(f"INERT: {objective.name}, seed {seed}: {reason}")
+        over, drop = over_floor(results, objective.name), ca_drop(results, objective.name)
+        if run.max_asr_over_floor is not None and over is not None and over > run.max_asr_over_floor:
+            failures.append(
+                f"GATE: {objective.name} leaves ASR {over:+.3f} above the floor, allowed is {run.max_asr_over_floor:g}"
+            )
+        if run.max_ca_drop is not None and drop is not None and drop > run.max_ca_drop:
+            failures.append(f"GATE: {objective.name} costs {drop:.3f} of clean accuracy, allowed is {run.max_ca_drop:g}")
+    return Outcome(records, render_terminal(records), verdict(plan, results), failures)
+
+
+def verdict(plan: Any, results: Results) -> str:
+    """One sentence that claims no more than was measured."""
+    names = [objective.name for objective in plan.defenses]
+    seeds = len(results)
+    close = "" if seeds >= 3 else f" {seeds} seed{'s' if seeds > 1 else ''}: preliminary."
+    if plan.run.simulate is None:
+        parts = [f"{name} CA {_mean(results, name, 'ca'):.3f}" for name in names or ["undefended"]]
+        return f"{'; '.join(parts)}. No attack was simulated, so nothing is known about attack success.{close}"
+    floor, attacked = _mean(results, "clean_reference", "asr"), _mean(results, "undefended", "asr")
+    if attacked < floor + NOTABLE:
+        return (
+            f"The attack did not take (undefended ASR {attacked:.2f}, clean floor {floor:.2f}), so this run says nothing "
+            f"about any defense.{close}"
+        )
+    parts = []
+    for name in names:
+        over, drop = over_floor(results, name), ca_drop(results, name)
+        assert over is not None and drop is not None
+        asr = floor + over
+        if over <= NOTABLE:
+            what = "brought it back to the floor"
+        elif asr <= attacked - NOTABLE:
+            what = "lowered it without reaching the floor"
+        else:
+            what = "did not lower it"
+        cost = f"costs {drop:.3f} CA" if drop > 0 else "costs no CA"
+        parts.append(f"{name} {what} (ASR {asr:.2f}) and {cost}")
+    return (
+        f"Undefended, {attacked:.0%} of triggered texts go to the target (clean floor {floor:.0%}); "
+        f"{'; '.join(parts) or 'no defense was run'}. This is about this trigger only.{close}"
+    )
+
+
+def over_floor(results: Results, arm: str) -> float | None:
+    """Mean over seeds of ASR minus the clean reference's false-trigger rate; None without an attack."""
+    if any(arms[arm]["asr"] is None or "clean_reference" not in arms for arms in results.values()):
+        return None
+    return float(np.mean([a[arm]["asr"]["value"] - a["clean_reference"]["asr"]["value"] for a in results.values()]))
+
+
+def ca_drop(results: Results, arm: str) -> float | None:
+    """Mean over seeds of the undefended model's CA minus the arm's; None where undefended was not run."""
+    if any("undefended" not in arms for arms in results.values()):
+        return None
+    return float(np.mean([a["undefended"]["ca"]["value"] - a[arm]["ca"]["value"] for a in results.values()]))
+
+
+def write_outcome(
+    plan: Any,
+    outcome: Outcome,
+    results: Results,
+    suspects: list[dict[str, Any]],
+    planted: dict[int, set[int]],
+) -> None:
+    """`results.json`, `suspects.jsonl`, `table.txt` and the plots, each whole or not at all."""
+    folder = plan.folder
+    write_json(
+        folder / "results.json",
+        {
+            "schema": 1,
+            "plan": plan.identity(),
+            "verdict": outcome.verdict,
+            "failures": outcome.failures,
+            "planted": plan.planted,
+            "records": outcome.records,
+            "arms": {str(seed): {arm: _brief(result) for arm, result in arms.items()} for seed, arms in results.items()},
+        },
+    )
+    write_bytes(folder / "table.txt", f"{outcome.table}\n\n{outcome.verdict}\n".encode())
+    if suspects:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in suspects)
+        write_bytes(folder / "suspects.jsonl", lines.encode())
+    if plan.run.simulate is None:
+        return
+    plot_ca_asr(outcome.records, folder / "ca_asr.png")
+    floor = _mean(results, "clean_reference", "asr")
+    arms_of = next(iter(results.values()))
+    curves = {arm: {seed: arms[arm]["curve"] for seed, arms in results.items()} for arm in arms_of}
+    plot_curves(curves, folder / "curves.png", floor=floor)
+    for seed, arms in results.items():
+        for arm, ranking in rankings(arms).items():
+            dropped = set(ranking["dropped"])
+            plot_scores(
+                ranking["scores"],
+                [row_id in planted[seed] for row_id in ranking["row_ids"]],
+                folder / (f"{arm}_scores.png" if len(results) == 1 else f"{arm}_scores_seed-{seed}.png"),
+                dropped=[row_id in dropped for row_id in ranking["row_ids"]],
+            )
+
+
+def _brief(result: dict[str, Any]) -> dict[str, Any]:
+    """An arm's result without the ranking of every row, which stays in the arm's folder."""
+    objectives = {
+        name: {key: value for key, value in account.items() if key != "ranking"}
+        for name, account in result["objectives"].items()
+    }
+    return {**result, "objectives": objectives}
+
+
+def rankings(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The last ranking of each method that ranks rows: the refit's where it made a second one."""
+    found: dict[str, dict[str, Any]] = {}
+    for arm in ("undefended", *(name for name in arms if name != "undefended")):
+        for name, account in arms.get(arm, {}).get("objectives", {}).items():
+            if account["ranking"] is not None:
+                found[name] = account["ranking"]
+    return found
+
+
+def _seconds(arm: str, arms: dict[str, dict[str, Any]]) -> float | None:
+    """Training time. What a recording method took is its own: it is taken off the undefended run it rode along with, and
+    the method's time is both trainings and its recording."""
+    result = arms.get(arm)
+    if result is None or result["seconds"] is None:
+        return None
+    recording = sum(o["activity"].get("seconds", 0.0) for o in result["objectives"].values())
+    if arm == "undefended":
+        return result["seconds"] - recording
+    first = arms.get("undefended", {})
+    if arm in first.get("objectives", {}):
+        if first["seconds"] is None:
+            return None
+        own = first["objectives"][arm]["activity"].get("seconds", 0.0)
+        return (_seconds("undefended", arms) or 0.0) + own + result["seconds"]
+    return result["seconds"]
+
+
+def _mean(results: Results, arm: str, metric: str) -> float:
+    estimate: Estimate = mean_over_seeds([arms[arm][metric]["value"] for arms in results.values()])
+    return estimate.value
