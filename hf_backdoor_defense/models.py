@@ -79,15 +79,12 @@ def load_classifier(
             "thrown away. Use the encoder it was made from, or map the labels to the head's."
         )
     names = label_names or [str(i) for i in range(num_labels)]
+    named = {} if has_head else {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     set_seed(seed)
     model = _guarded(
         name,
         lambda: AutoModelForSequenceClassification.from_pretrained(
-            path,
-            id2label=dict(enumerate(names)),
-            label2id={label: i for i, label in enumerate(names)},
-            use_safetensors=True,
-            trust_remote_code=False,
+            path, use_safetensors=True, trust_remote_code=False, **named
         ),
     )
     tokenizer = _guarded(name, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
@@ -98,6 +95,21 @@ def load_classifier(
         keep_layers(model, num_layers)
     freeze(model, frozen_layers)
     return model, tokenizer
+
+
+def load_finished_classifier(name: str, *, num_labels: int) -> tuple[PreTrainedModel, Any]:
+    """A classifier whose head is trained, and its tokenizer.
+
+    Raises:
+        ValueError: as `load_classifier`, and where the checkpoint has no trained head (its answers would be random).
+    """
+    config = _guarded(name, lambda: AutoConfig.from_pretrained(resolve(name), trust_remote_code=False))
+    if not any("ForSequenceClassification" in architecture for architecture in config.architectures or []):
+        raise ValueError(
+            f"`{name}` has no classification head ({', '.join(config.architectures or ['unknown'])}): its answers would be "
+            "random. Give a fine-tuned classifier, or train one: hfbd train."
+        )
+    return load_classifier(name, num_labels=num_labels)
 
 
 def keep_layers(model: PreTrainedModel, count: int) -> None:
@@ -133,7 +145,9 @@ def warn_if_backdoored(folder: str | Path) -> None:
     for place in (Path(folder), *Path(folder).parents[:2]):
         mark = place / BACKDOOR_FILE
         if mark.is_file():
-            logger.warning("%s was trained on poisoned data on purpose: %s. Do not deploy it.", folder, mark.read_text())
+            logger.warning(
+                "%s was trained on poisoned data on purpose: %s. Do not deploy it.", folder, mark.read_text()
+            )
             return
 
 
@@ -202,7 +216,9 @@ def _pass(
     as they were: a training run goes on afterwards as if nothing had happened."""
     indices = range(len(dataset)) if indices is None else indices
     if len(indices) == 0:
-        raise ValueError("There are no rows to predict, got an empty data set or selection. Check what was filtered out.")
+        raise ValueError(
+            "There are no rows to predict, got an empty data set or selection. Check what was filtered out."
+        )
     rows = [dataset[int(i)] for i in indices]
     order = sorted(range(len(rows)), key=lambda i: _length(rows[i]))
     device = next(model.parameters()).device

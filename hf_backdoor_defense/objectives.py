@@ -242,7 +242,11 @@ def overrides(objective: Objective, method: str) -> bool:
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """A YAML or command-line value as the field's type: "1e-3" and 1 are floats where a float is expected."""
-    allowed = typing.get_args(hint) if typing.get_origin(hint) is typing.Union or isinstance(hint, type(int | None)) else (hint,)
+    allowed = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) is typing.Union or isinstance(hint, type(int | None))
+        else (hint,)
+    )
     for kind in allowed:
         origin = typing.get_origin(kind) or kind
         if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):

@@ -48,7 +48,9 @@ def parse(
     *parsed, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if rest:
         key = rest[0].removeprefix("--").partition("=")[0]
-        raise ValueError(_unknown(key, known, "The command line") if rest[0].startswith("-") else f"What is `{rest[0]}`?")
+        raise ValueError(
+            _unknown(key, known, "The command line") if rest[0].startswith("-") else f"What is `{rest[0]}`?"
+        )
     return tuple(parsed), _specs(defense, dotted)
 
 

@@ -1,27 +1,20 @@
 """`hfbd train`"""
 
-from typing import Any
-
 
 def train(argv: list[str]) -> int:
     """Parse, resolve, run; print plan, table and verdict. Returns the exit code."""
+    import datasets
     from transformers import TrainingArguments
     from transformers.utils import logging
 
     from hf_backdoor_defense.cli.options import parse
-    from hf_backdoor_defense.experiment.arguments import PRESETS, RunArguments, build_defenses
+    from hf_backdoor_defense.experiment.arguments import PRESETS, RunArguments, build_defenses, defaults
     from hf_backdoor_defense.experiment.run import execute, resolve
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    defaults: dict[str, Any] = {
-        "save_strategy": "epoch",
-        "save_total_limit": 1,
-        "logging_strategy": "epoch",
-        "report_to": "none",
-        "output_dir": "runs/train",
-    }
-    presets = {name: {**defaults, **values} for name, values in {"": {}, **PRESETS}.items()}
+    datasets.disable_progress_bars()
+    presets = {name: {**defaults(), **values} for name, values in {"": {}, **PRESETS}.items()}
     if not any(word == "--preset" or word.startswith("--preset=") for word in argv):
         argv = ["--preset", "", *argv]
     (run, training), specs = parse([RunArguments, TrainingArguments], argv, presets, "hfbd train")

@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 
 def sentences(docstring: str) -> list[str]:
-    """The sentences of a docstring's prose that have 7 to 40 words.
+    """The sentences of a docstring's prose that have 7 to 24 words.
 
     Args:
         docstring: the text; paragraphs with code, lists or tables are left out.
@@ -66,7 +66,7 @@ def sentences(docstring: str) -> list[str]:
             continue
         for sentence in _SENTENCE_END.split(" ".join(paragraph.split())):
             plain = sum(character.isalpha() or character == " " for character in sentence)
-            if 7 <= len(sentence.split()) <= 40 and sentence[0].isalpha() and plain >= 0.8 * len(sentence):
+            if 7 <= len(sentence.split()) <= 24 and sentence[0].isalpha() and plain >= 0.8 * len(sentence):
                 found.append(sentence)
     return found
 

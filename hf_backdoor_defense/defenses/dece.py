@@ -136,7 +136,9 @@ class DeCE(Objective):
         before = self._epochs.get(epoch)
         self._epochs[epoch] = now if before is None else [a.to(b.device) + b for a, b in zip(before, now, strict=True)]
         step.log("dece/alpha", values.new_tensor(math.exp(log_alpha)))
-        step.log("dece/threshold", values.new_tensor(threshold(log_alpha=log_alpha, label_smoothing=self.label_smoothing)))
+        step.log(
+            "dece/threshold", values.new_tensor(threshold(log_alpha=log_alpha, label_smoothing=self.label_smoothing))
+        )
         if pull.numel():
             step.log("dece/target_pull", pull.mean())
             step.log("dece/suppressed", (pull < 0.5).to(pull.dtype).mean())

@@ -10,7 +10,10 @@ confident rows of all. A clean row is plausible from the start, or stays hard. N
 | z_end | the model at the end of the (undefended) training |
 | z_early, fraction 0 | class means in the *pretrained* features, before any training: softmax(cos(h_i, mean_c) / `temperature`) |
 | z_early, fraction f > 0 | the model after f epochs; several fractions are averaged |
-| z_early, refit | the model that was trained without the first ranking's top share: replaces the others in the second ranking |
+| z_early, refit | the model that was trained without the first ranking's top `first_share`: replaces the others in the second ranking |
+
+The first ranking is coarse, so it drops more than it should; a model trained on the rest has hardly learned the trigger and
+tells flipped labels from hard ones. Its second ranking drops `drop_share`, and clean rows of the first come back.
 
 Fraction 0 is the default because it does not depend on when the trigger is learned: within one epoch an inserted sentence is,
 and a snapshot of the training run comes too late (docs/log.md has the comparison). Class means, not a fitted classifier: a
@@ -46,7 +49,9 @@ class TrajectoryFilter(Objective):
     Args:
         fractions: when the early snapshots are taken, in epochs; 0 is before training, from the pretrained features.
         temperature: of the class-mean softmax at fraction 0.
-        drop_share: share of the rows that a refit leaves out, in [0, 1).
+        drop_share: share of the rows that the final refit leaves out, in [0, 1).
+        rerank: train once in between without the first ranking's top `first_share`, and rank again with what that model says.
+        first_share: in [0, 1), used with `rerank` only.
         class_cap: at most this share of a class is dropped, so that no rare class is emptied.
         batch_size: of the evaluation passes.
 
@@ -64,6 +69,8 @@ class TrajectoryFilter(Objective):
     fractions: list[float] = field(default_factory=lambda: [0.0])
     temperature: float = 0.1
     drop_share: float = 0.1
+    rerank: bool = True
+    first_share: float = 0.1
     class_cap: float = 0.5
     batch_size: int = 64
 
@@ -72,7 +79,7 @@ class TrajectoryFilter(Objective):
         self._row_ids = self._labels = torch.zeros(0, dtype=torch.int64)
         self._snapshots: dict[str, Tensor] = {}
         self._seconds = 0.0
-        self._excluded: list[int] = []  # what the first ranking dropped, once a refit is under way
+        self._second = False  # whether this object is hosted in the training between the two rankings
         self._host: tuple[Any, Any] | None = None  # rows and collator; never the model
 
     def field_reasons(self) -> list[str]:
@@ -82,8 +89,9 @@ class TrajectoryFilter(Objective):
             reasons.append(f"`fractions` must be epochs >= 0, at least one, got {self.fractions}. Set [0.0].")
         if not self.temperature > 0:
             reasons.append(f"`temperature` must be positive, got {self.temperature}: it divides. Set 0.1.")
-        if not 0 <= self.drop_share < 1:
-            reasons.append(f"`drop_share` must be in [0, 1), got {self.drop_share}: a refit needs rows. Set 0.1.")
+        for name, share, usual in (("drop_share", self.drop_share, 0.1), ("first_share", self.first_share, 0.1)):
+            if not 0 <= share < 1:
+                reasons.append(f"`{name}` must be in [0, 1), got {share}: a refit needs rows. Set {usual}.")
         if not 0 < self.class_cap < 1:
             reasons.append(f"`class_cap` must be in (0, 1), got {self.class_cap}: a class must keep rows. Set 0.5.")
         if self.batch_size < 1:
@@ -101,7 +109,9 @@ class TrajectoryFilter(Objective):
             )
         names = getattr(rows, "column_names", None) or []
         if not hasattr(rows, "__len__") or not {"label", "labels"} & set(names):
-            reasons.append("the rows must be a map-style datasets.Dataset with a `label` column: they are read several times.")
+            reasons.append(
+                "the rows must be a map-style datasets.Dataset with a `label` column: they are read several times."
+            )
         elif len(set(rows["row_id"])) < len(rows):
             reasons.append("`row_id` holds a number twice: rows could not be told apart. Number them anew.")
         last = trainer.args.num_train_epochs if trainer.args.max_steps <= 0 else float("inf")
@@ -115,7 +125,7 @@ class TrajectoryFilter(Objective):
         """Remember which rows to score. A run that starts anew forgets what an earlier one recorded."""
         rows = trainer.aux_datasets.get(ROWS, trainer.train_dataset)
         self._host = (rows, trainer.data_collator)
-        if checkpoint is None and not self._excluded:
+        if checkpoint is None and not self._second:
             self._snapshots, self._seconds = {}, 0.0
         self._row_ids = torch.tensor(rows["row_id"])
         self._labels = torch.tensor(rows["label" if "label" in rows.column_names else "labels"])
@@ -123,18 +133,18 @@ class TrajectoryFilter(Objective):
     # -- recording ----------------------------------------------------------------------------------------------------
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The snapshot before training."""
-        if 0.0 in self.fractions and "0" not in self._snapshots and not self._excluded:
+        if 0.0 in self.fractions and "0" not in self._snapshots and not self._second:
             self._take("0", kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The snapshots at fractions of an epoch."""
         for fraction in self.fractions:
-            if 0 < fraction <= state.epoch and f"{fraction:g}" not in self._snapshots and not self._excluded:
+            if 0 < fraction <= state.epoch and f"{fraction:g}" not in self._snapshots and not self._second:
                 self._take(f"{fraction:g}", kwargs["model"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The last snapshot, or that of the refit."""
-        self._take(REFIT if self._excluded else END, kwargs["model"])
+        self._take(REFIT if self._second else END, kwargs["model"])
 
     def _take(self, name: str, model: nn.Module) -> None:
         assert self._host is not None
@@ -153,7 +163,7 @@ class TrajectoryFilter(Objective):
 
     # -- ranking ------------------------------------------------------------------------------------------------------
     def ranking(self) -> Ranking | None:
-        """Rows by score; `dropped` holds the top share, capped per class (in a refit: what that refit left out)."""
+        """Rows by score; `dropped` holds the top share (`first_share` where a second ranking is to come), capped per class."""
         if END not in self._snapshots:
             return None
         early = self._snapshots.get(REFIT)
@@ -161,12 +171,12 @@ class TrajectoryFilter(Objective):
             early = torch.stack([self._snapshots[f"{fraction:g}"] for fraction in self.fractions]).mean(0)
         scores = self._snapshots[END] - early
         order = torch.argsort(scores, descending=True, stable=True)
-        dropped = frozenset(self._excluded) or frozenset(self._top(order))
+        dropped = frozenset(self._top(order, self.first_share if self.rerank and not self._second else self.drop_share))
         columns = {f"log_odds_{name}": values[order] for name, values in self._snapshots.items()}
         return Ranking(self._row_ids[order], scores[order], dropped, columns)
 
-    def _top(self, order: Tensor) -> list[int]:
-        count = round(self.drop_share * len(order))
+    def _top(self, order: Tensor, share: float) -> list[int]:
+        count = round(share * len(order))
         room = {int(c): int(self.class_cap * int((self._labels == c).sum())) for c in self._labels.unique()}
         taken: list[int] = []
         for i in order.tolist():
@@ -179,15 +189,14 @@ class TrajectoryFilter(Objective):
         return taken
 
     def refit(self) -> "TrajectoryFilter | None":
-        """A filter for the training without the dropped rows: its end is the early snapshot of a second, sharper ranking.
+        """The filter for the training in between, which ranks again; None where no second ranking is to come.
 
-        Host it with all rows under `aux_datasets={"rows": …}`.
+        Host it in a training without the dropped rows, with all rows under `aux_datasets={"rows": …}`.
         """
-        ranking = self.ranking()
-        if ranking is None or self._excluded:
+        if not self.rerank or self._second or END not in self._snapshots:
             return None
         follow = dataclasses.replace(self)
-        follow.load_state_dict({**self.state_dict(), "excluded": sorted(ranking.dropped), "seconds": 0.0})
+        follow.load_state_dict({**self.state_dict(), "second": True, "seconds": 0.0})
         return follow
 
     def activity(self) -> dict[str, float]:
@@ -208,14 +217,18 @@ class TrajectoryFilter(Objective):
         ranking = self.ranking()
         if ranking is None:
             return "trajectory ranked no rows: the training did not end"
-        return None if ranking.dropped else f"trajectory drops no row: drop_share={self.drop_share} of {len(ranking.row_ids)}"
+        return (
+            None
+            if ranking.dropped
+            else f"trajectory drops no row: drop_share={self.drop_share} of {len(ranking.row_ids)}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Row ids, labels and snapshots: 4 bytes per row and snapshot."""
         return {
             "row_ids": self._row_ids,
             "labels": self._labels,
-            "excluded": list(self._excluded),
+            "second": self._second,
             "seconds": self._seconds,
             **{f"snapshot_{name}": values for name, values in self._snapshots.items()},
         }
@@ -223,7 +236,7 @@ class TrajectoryFilter(Objective):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self._row_ids, self._labels = state["row_ids"], state["labels"]
-        self._excluded, self._seconds = list(state["excluded"]), float(state["seconds"])
+        self._second, self._seconds = bool(state["second"]), float(state["seconds"])
         self._snapshots = {
             key.removeprefix("snapshot_"): value for key, value in state.items() if key.startswith("snapshot_")
         }

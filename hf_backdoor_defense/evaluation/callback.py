@@ -39,6 +39,7 @@ class BackdoorEvalCallback(TrainerCallback):
             collate=self.collate,
             batch_size=self.batch_size,
         )
+        assert scores.ca is not None
         entry = {"epoch": round(state.epoch or 0.0, 4), "step": state.global_step, "backdoor_ca": scores.ca.value}
         if scores.asr is not None and scores.r_acc is not None:
             entry |= {"backdoor_asr": scores.asr.value, "backdoor_r_acc": scores.r_acc.value}

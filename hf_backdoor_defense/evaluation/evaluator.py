@@ -17,7 +17,7 @@ class BackdoorScores:
     their true label. The `asr` of a clean reference model is the false-trigger rate, the floor of every other one.
     """
 
-    ca: Estimate
+    ca: Estimate | None
     asr: Estimate | None
     r_acc: Estimate | None
 
@@ -43,7 +43,9 @@ def evaluate_backdoor(
         ValueError: no rows, or triggered rows without a target.
     """
     if triggered is not None and target is None:
-        raise ValueError("Triggered rows were given without `target`: which class does the attacker want? Pass target=….")
+        raise ValueError(
+            "Triggered rows were given without `target`: which class does the attacker want? Pass target=…."
+        )
     title = "evaluating {}" if progress else None
 
     def predict(rows: Any, name: str) -> np.ndarray:

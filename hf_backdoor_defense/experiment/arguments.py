@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from hf_backdoor_defense.attacks.triggers import TRIGGERS, Trigger, get_trigger
 from hf_backdoor_defense.objectives import Objective, overrides
 from hf_backdoor_defense.registry import CONTROLS, objective_class
@@ -34,9 +36,14 @@ class RunArguments:
     target: int = _option(0, "the class the attacker wants")
     clean_label: bool = _option(False, "poison rows of the target class and keep their labels")
     seeds: list[int] = _option([0], "one run per seed: head, order of rows, which rows are poisoned")
+    eval_split: str = _option(
+        "test", "split that is reported: test; validation for searches, which must not see test rows"
+    )
     baselines: bool = _option(True, "report majority and TF-IDF + logistic regression beside the model")
     save_models: bool = _option(False, "keep the models of a simulated attack (marked as backdoored)")
-    max_asr_over_floor: float | None = _option(None, "gate: exit 1 when a defense leaves more attack success above the floor")
+    max_asr_over_floor: float | None = _option(
+        None, "gate: exit 1 when a defense leaves more attack success above the floor"
+    )
     max_ca_drop: float | None = _option(None, "gate: exit 1 when a defense costs more clean accuracy")
     dry_run: bool = _option(False, "print the resolved plan and stop")
 
@@ -61,6 +68,10 @@ class RunArguments:
             raise ValueError(f"`max_length` must be at least 4 tokens, got {self.max_length}: special tokens take two.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"`seeds` must be different numbers, at least one, got {self.seeds}.")
+        if self.eval_split not in ("test", "validation"):
+            raise ValueError(
+                f"`eval_split` must be test or validation, got {self.eval_split!r}: train rows are learned."
+            )
         trigger = self.get_trigger()
         if trigger is not None and not 0 < self.poison_rate < 1:
             raise ValueError(
@@ -105,6 +116,18 @@ def only_observes(objective: Objective) -> bool:
     return not any(overrides(objective, method) for method in ("loss", "penalties"))
 
 
+def defaults() -> dict[str, Any]:
+    """Training arguments that differ from the library's: one resumable checkpoint per epoch, nothing sent anywhere."""
+    return {
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "logging_strategy": "epoch",
+        "report_to": "none",
+        "output_dir": "runs/train",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
 # Training arguments are keys of a preset as well; flags and a configuration file override them.
 PRESETS: dict[str, dict[str, Any]] = {
     "offline": {
@@ -112,13 +135,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model_name": "offline:minilm",
         "defense": ["dece", "trajectory"],
         "simulate": "badnets",
-        "poison_rate": 0.03,
+        "poison_rate": 0.04,
         "target": 0,
+        "limit": 1000,
         "max_length": 32,
         "frozen_layers": 4,
         "output_dir": "runs/offline",
         "num_train_epochs": 2,
-        "learning_rate": 2e-4,
+        "learning_rate": 3e-4,
         "warmup_steps": 0.06,
         "per_device_train_batch_size": 32,
         "train_sampling_strategy": "group_by_length",

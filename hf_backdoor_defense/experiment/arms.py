@@ -17,7 +17,7 @@ from transformers.trainer_utils import set_seed
 
 from hf_backdoor_defense.attacks.poisoning import Poisoned
 from hf_backdoor_defense.evaluation.callback import BackdoorEvalCallback, curve
-from hf_backdoor_defense.evaluation.evaluator import evaluate_backdoor
+from hf_backdoor_defense.evaluation.evaluator import BackdoorScores, evaluate_backdoor
 from hf_backdoor_defense.experiment.arguments import RunArguments
 from hf_backdoor_defense.models import load_classifier, mark_backdoored
 from hf_backdoor_defense.objectives import Objective, Ranking
@@ -84,6 +84,7 @@ def train_arm(
     without: frozenset[int] = frozenset(),
     keep_model: Path | None = None,
     aux: dict[str, Any] | None = None,
+    evaluate: bool = True,
 ) -> tuple[dict[str, Any], list[Objective]]:
     """Train and measure, or return what an earlier call measured. A stopped training continues at its last checkpoint.
 
@@ -92,6 +93,7 @@ def train_arm(
         without: row ids to leave out (a refit).
         keep_model: where to save the final model, or None.
         aux: further data sets by role.
+        evaluate: False measures nothing: a training that is only a step of a method.
 
     Returns:
         the arm's `result.json` (scores, cost, curve, and per objective activity, inert and ranking), and the objectives
@@ -126,7 +128,7 @@ def train_arm(
         processing_class=tokenizer,
         defense=list(objectives),
         aux_datasets=aux,
-        callbacks=[curves],
+        callbacks=[curves] if evaluate else [],
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -139,14 +141,16 @@ def train_arm(
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start - curves.seconds
     peak = _peak_bytes()
-    scores = evaluate_backdoor(
-        trainer.model,
-        data.test,
-        data.triggered,
-        target=run.target,
-        collate=trainer.data_collator,
-        progress=not args.disable_tqdm,
-    )
+    scores = BackdoorScores(None, None, None)
+    if evaluate:
+        scores = evaluate_backdoor(
+            trainer.model,
+            data.test,
+            data.triggered,
+            target=run.target,
+            collate=trainer.data_collator,
+            progress=not args.disable_tqdm,
+        )
     result = {
         "arm": arm,
         "seed": data.seed,

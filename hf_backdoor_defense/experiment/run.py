@@ -28,7 +28,7 @@ from hf_backdoor_defense.registry import objective_class
 from hf_backdoor_defense.reporting.results import write_json
 
 PLAN_NAME = "plan.json"
-CURVE_ROWS = 200
+CURVE_ROWS = 100
 # Where a run is put and how it is shown: none of it changes a number.
 _NOT_IDENTITY = {
     "output_dir", "run_name", "logging_dir", "report_to", "disable_tqdm", "dry_run", "save_models", "max_asr_over_floor",
@@ -164,6 +164,7 @@ def execute(plan: Plan) -> Outcome:
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_json(plan.folder / PLAN_NAME, plan.identity())
     results: dict[int, dict[str, dict[str, Any]]] = {}
+    between: dict[int, dict[str, list[dict[str, Any]]]] = {}
     suspects: list[dict[str, Any]] = []
     planted: dict[int, set[int]] = {}
     for seed in plan.run.seeds:
@@ -172,20 +173,24 @@ def execute(plan: Plan) -> Outcome:
             rows = data.poisoned.dataset
             flags = np.asarray(rows["is_poisoned"])
             planted[seed] = set(np.asarray(rows["row_id"])[flags].tolist())
-        results[seed], found = _run_seed(plan, data)
+        results[seed], between[seed], found = _run_seed(plan, data)
         suspects += found
-    records = records_of(plan, results, planted, _baselines(plan))
+    records = records_of(plan, results, between, planted, _baselines(plan))
     outcome = summarize_run(plan, results, records)
-    write_outcome(plan, outcome, results, suspects, planted)
+    write_outcome(plan, outcome, results, between, suspects, planted)
     return outcome
 
 
-def _run_seed(plan: Plan, data: SeedData) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+def _run_seed(
+    plan: Plan, data: SeedData
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Results by arm, the trainings in between by method, and the suspects."""
     run = plan.run
     observers = [objective for objective in plan.defenses if only_observes(objective)]
     by_name = {objective.name: objective for objective in plan.defenses}
     results: dict[str, dict[str, Any]] = {}
     recorded: dict[str, Objective] = {}
+    between: dict[str, list[dict[str, Any]]] = {}
     suspects: list[dict[str, Any]] = []
     total = len(plan.arms) * len(run.seeds)
     for number, arm in enumerate(plan.arms, start=1 + len(plan.arms) * run.seeds.index(data.seed)):
@@ -204,18 +209,42 @@ def _run_seed(plan: Plan, data: SeedData) -> tuple[dict[str, dict[str, Any]], li
             pull = results["dece"]["objectives"]["dece"]["pull_per_epoch"]
             options["objectives"] = [objective_class(arm)(pull=pull)]  # type: ignore[call-arg]
         elif arm in recorded:
-            ranking, follow = recorded[arm].ranking(), recorded[arm].refit()
-            assert ranking is not None
-            options |= {"without": ranking.dropped, "aux": {"rows": data.train}}
-            options["objectives"] = [] if follow is None else [follow]
+            options["without"], between[arm] = _filtered(plan, data, recorded[arm], options)
         else:
             options["objectives"] = [dataclasses.replace(by_name[arm])]
         results[arm], objectives = train_arm(run, plan.training, data, **options)
         if arm == "undefended":
             recorded = {objective.name: objective for objective in objectives if objective.ranking() is not None}
         elif arm in recorded:
-            suspects += _suspects(rankings(results)[arm], data)
-    return results, suspects
+            suspects += _suspects(rankings(results, between)[arm], data)
+    return results, between, suspects
+
+
+def _filtered(
+    plan: Plan, data: SeedData, method: Objective, options: dict[str, Any]
+) -> tuple[frozenset[int], list[dict[str, Any]]]:
+    """Which rows the final refit leaves out, after the trainings in between that the method asks for."""
+    between: list[dict[str, Any]] = []
+    while (follow := method.refit()) is not None:
+        ranking = method.ranking()
+        assert ranking is not None
+        number = len(between) + 1
+        result, (method,) = train_arm(
+            plan.run,
+            plan.training,
+            data,
+            arm=f"{options['arm']}, ranking again",
+            title=f"{options['title']}: ranking again, round {number}",
+            folder=options["folder"] / f"round-{number}",
+            objectives=[follow],
+            without=ranking.dropped,
+            aux={"rows": data.train},
+            evaluate=False,
+        )
+        between.append(result)
+    ranking = method.ranking()
+    assert ranking is not None
+    return ranking.dropped, between
 
 
 def _suspects(ranking: dict[str, Any], data: SeedData) -> list[dict[str, Any]]:
@@ -253,21 +282,21 @@ def _seed_data(plan: Plan, seed: int) -> SeedData:
             load_from_cache_file=False,
         )
 
-    train, validation, test = (plan.data[split] for split in ("train", "validation", "test"))
+    train, validation, judged = (plan.data[split] for split in ("train", "validation", run.eval_split))
     poisoned = _poison(run, train, seed)
     rows = train if poisoned is None else poisoned.dataset
     few = validation.shuffle(seed=0, keep_in_memory=True).select(range(min(CURVE_ROWS, len(validation))))
     triggered = curve_triggered = None
     if trigger is not None:
         options = {"target": run.target, "seed": seed}
-        triggered = tokenized(trigger_dataset(test, trigger, **options))
+        triggered = tokenized(trigger_dataset(judged, trigger, **options))
         curve_triggered = tokenized(trigger_dataset(few, trigger, **options))
     return SeedData(
         seed=seed,
         label_names=train.features["label"].names,
         clean=tokenized(train),
         train=tokenized(rows),
-        test=tokenized(test),
+        test=tokenized(judged),
         triggered=triggered,
         curve=tokenized(few),
         curve_triggered=curve_triggered,

@@ -20,6 +20,7 @@ from hf_backdoor_defense.reporting.results import Record, environment, write_byt
 from hf_backdoor_defense.reporting.tables import render_terminal
 
 Results = dict[int, dict[str, dict[str, Any]]]  # seed -> arm -> result.json
+Between = dict[str, list[dict[str, Any]]]  # method -> its trainings between the undefended one and its own
 
 # Beyond this a difference is called one; within it the sentence says "unchanged". A share.
 NOTABLE = 0.03
@@ -40,7 +41,11 @@ class Outcome:
 
 
 def records_of(
-    plan: Any, results: Results, planted: dict[int, set[int]], baselines: dict[str, tuple[int, int]]
+    plan: Any,
+    results: Results,
+    between: dict[int, Between],
+    planted: dict[int, set[int]],
+    baselines: dict[str, tuple[int, int]],
 ) -> list[Record]:
     """Every measured value of a run, one record each."""
     run = plan.run
@@ -50,7 +55,9 @@ def records_of(
         "dataset": str(run.task),
         "model": f"{run.model_name}{layers}",
         "attack": "none" if run.simulate is None else run.simulate,
-        "setting": "" if run.simulate is None else f"rate={run.poison_rate:g}{', clean-label' if run.clean_label else ''}",
+        "setting": ""
+        if run.simulate is None
+        else f"rate={run.poison_rate:g}{', clean-label' if run.clean_label else ''}",
         "env": environment(),
     }
     records = []
@@ -70,7 +77,7 @@ def records_of(
             if result["asr"] is not None:
                 add(seed, arm, "ftr" if arm == "clean_reference" else "asr", None, result["asr"])
                 add(seed, arm, "r_acc", None, result["r_acc"])
-            seconds, reference = _seconds(arm, arms), _seconds("undefended", arms)
+            seconds, reference = _seconds(arm, arms, between[seed]), _seconds("undefended", arms, between[seed])
             add(seed, arm, "seconds", seconds)
             add(seed, arm, "peak_bytes", result["peak_bytes"])
             if seconds is not None and reference:
@@ -85,7 +92,7 @@ def records_of(
                     asr_after=result["asr"]["value"],
                 )
                 add(seed, arm, "der", rate)
-        for arm, ranking in rankings(arms).items():
+        for arm, ranking in rankings(arms, between[seed]).items():
             if seed not in planted:
                 continue
             hits = [row_id in planted[seed] for row_id in ranking["row_ids"]]
@@ -113,7 +120,9 @@ def summarize_run(plan: Any, results: Results, records: list[Record]) -> Outcome
                 f"GATE: {objective.name} leaves ASR {over:+.3f} above the floor, allowed is {run.max_asr_over_floor:g}"
             )
         if run.max_ca_drop is not None and drop is not None and drop > run.max_ca_drop:
-            failures.append(f"GATE: {objective.name} costs {drop:.3f} of clean accuracy, allowed is {run.max_ca_drop:g}")
+            failures.append(
+                f"GATE: {objective.name} costs {drop:.3f} of clean accuracy, allowed is {run.max_ca_drop:g}"
+            )
     return Outcome(records, render_terminal(records), verdict(plan, results), failures)
 
 
@@ -168,6 +177,7 @@ def write_outcome(
     plan: Any,
     outcome: Outcome,
     results: Results,
+    between: dict[int, Between],
     suspects: list[dict[str, Any]],
     planted: dict[int, set[int]],
 ) -> None:
@@ -182,7 +192,13 @@ def write_outcome(
             "failures": outcome.failures,
             "planted": plan.planted,
             "records": outcome.records,
-            "arms": {str(seed): {arm: _brief(result) for arm, result in arms.items()} for seed, arms in results.items()},
+            "between": {
+                str(seed): {arm: [_brief(r) for r in trainings] for arm, trainings in of_seed.items()}
+                for seed, of_seed in between.items()
+            },
+            "arms": {
+                str(seed): {arm: _brief(result) for arm, result in arms.items()} for seed, arms in results.items()
+            },
         },
     )
     write_bytes(folder / "table.txt", f"{outcome.table}\n\n{outcome.verdict}\n".encode())
@@ -197,7 +213,7 @@ def write_outcome(
     curves = {arm: {seed: arms[arm]["curve"] for seed, arms in results.items()} for arm in arms_of}
     plot_curves(curves, folder / "curves.png", floor=floor)
     for seed, arms in results.items():
-        for arm, ranking in rankings(arms).items():
+        for arm, ranking in rankings(arms, between[seed]).items():
             dropped = set(ranking["dropped"])
             plot_scores(
                 ranking["scores"],
@@ -216,32 +232,31 @@ def _brief(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "objectives": objectives}
 
 
-def rankings(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last ranking of each method that ranks rows: the refit's where it made a second one."""
+def rankings(arms: dict[str, dict[str, Any]], between: Between) -> dict[str, dict[str, Any]]:
+    """The last ranking of each method that ranks rows: the second one where it made two."""
     found: dict[str, dict[str, Any]] = {}
-    for arm in ("undefended", *(name for name in arms if name != "undefended")):
-        for name, account in arms.get(arm, {}).get("objectives", {}).items():
+    for result in (arms.get("undefended", {}), *(result for trainings in between.values() for result in trainings)):
+        for name, account in result.get("objectives", {}).items():
             if account["ranking"] is not None:
                 found[name] = account["ranking"]
     return found
 
 
-def _seconds(arm: str, arms: dict[str, dict[str, Any]]) -> float | None:
+def _seconds(arm: str, arms: dict[str, dict[str, Any]], between: Between) -> float | None:
     """Training time. What a recording method took is its own: it is taken off the undefended run it rode along with, and
-    the method's time is both trainings and its recording."""
-    result = arms.get(arm)
-    if result is None or result["seconds"] is None:
+    the method's time is all its trainings and its recording. None where a training was continued after a stop."""
+    trainings = [arms[arm], *between.get(arm, [])] if arm in arms else []
+    if not trainings or any(training["seconds"] is None for training in trainings):
         return None
-    recording = sum(o["activity"].get("seconds", 0.0) for o in result["objectives"].values())
-    if arm == "undefended":
-        return result["seconds"] - recording
+    total = sum(training["seconds"] for training in trainings)
     first = arms.get("undefended", {})
-    if arm in first.get("objectives", {}):
-        if first["seconds"] is None:
-            return None
-        own = first["objectives"][arm]["activity"].get("seconds", 0.0)
-        return (_seconds("undefended", arms) or 0.0) + own + result["seconds"]
-    return result["seconds"]
+    recording = {name: o["activity"].get("seconds", 0.0) for name, o in first.get("objectives", {}).items()}
+    if arm == "undefended":
+        return total - sum(recording.values())
+    if arm in recording:
+        plain = _seconds("undefended", arms, between)
+        return None if plain is None else plain + recording[arm] + total
+    return total
 
 
 def _mean(results: Results, arm: str, metric: str) -> float:

@@ -298,7 +298,7 @@ def plot_scores(
         kept = int((~gone & (values > threshold)).sum())
         axes.axvline(threshold, color="black", linestyle=(0, (4, 3)), linewidth=1.2)
         x = (axes.transData.transform((threshold, 1.0)) - axes.bbox.min)[0] / axes.bbox.width
-        text = f"dropped from {threshold:.3g} up" + (f" ({kept} above kept)" if kept else "")
+        text = f"lowest dropped: {threshold:.3g}" + (f" ({kept} kept above it)" if kept else "")
         axes.text(x, 1.02, text, transform=axes.transAxes, ha="right" if x > 0.5 else "left", fontsize=9)
     axes.set(yscale="log", ylim=(0.6, None))
     axes.yaxis.set_major_formatter("{x:.0f}")

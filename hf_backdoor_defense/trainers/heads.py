@@ -83,9 +83,7 @@ def refusals(trainer: Any) -> list[str]:
     return reasons
 
 
-def forward_with_hidden(
-    step: Step, model: nn.Module, loss: Callable[[Step], Tensor]
-) -> tuple[Tensor, Any]:
+def forward_with_hidden(step: Step, model: nn.Module, loss: Callable[[Step], Tensor]) -> tuple[Tensor, Any]:
     """One forward of the wrapped model in which the loss takes the place of the output projection.
 
     For its duration the head's `forward` computes `loss(step)` with `step.hidden` and `step.project` and returns a
@@ -144,9 +142,19 @@ def hidden_matches_logits(model: nn.Module, inputs: dict[str, Any]) -> bool:
         with torch.no_grad():
             full = model(**inputs)["logits"]
             step = Step(
-                model=model, inputs=inputs, labels=inputs["input_ids"], row_ids=None, epoch=0, global_step=0, training=False
+                model=model,
+                inputs=inputs,
+                labels=inputs["input_ids"],
+                row_ids=None,
+                epoch=0,
+                global_step=0,
+                training=False,
             )
             forward_with_hidden(step, core, project)
     finally:
         model.train(was_training)
-    return bool(seen) and seen[0].shape == full.shape and torch.allclose(seen[0].float(), full.float(), atol=1e-4, rtol=1e-3)
+    return (
+        bool(seen)
+        and seen[0].shape == full.shape
+        and torch.allclose(seen[0].float(), full.float(), atol=1e-4, rtol=1e-3)
+    )

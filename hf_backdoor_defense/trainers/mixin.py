@@ -104,9 +104,7 @@ class DefenseMixin(_Base):
             load_states(self.objectives, checkpoint)
         for objective in self.objectives:
             objective.prepare(self, checkpoint=checkpoint)
-        return super().train(
-            resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
-        )
+        return super().train(resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.hyperparameter_search`; refused where an objective prepares the model once."""
@@ -246,9 +244,7 @@ def _check_objectives(objectives: list[Objective]) -> None:
             )
     replacing = [o.name for o in objectives if overrides(o, "loss")]
     if len(replacing) > 1:
-        raise ValueError(
-            f"{' and '.join(replacing)} both replace the loss: only one can. Train them in separate runs."
-        )
+        raise ValueError(f"{' and '.join(replacing)} both replace the loss: only one can. Train them in separate runs.")
     names = [o.name for o in objectives]
     if len(set(names)) < len(names):
         raise ValueError(f"The same method is given twice ({', '.join(names)}): leave one out.")

@@ -254,9 +254,9 @@ def test_scores_without_knowledge_without_drops_and_with_a_cap(tmp_path: Path, d
     plot_scores(values, None, tmp_path / "c.png", dropped=capped.tolist())
     plot_scores([2.0, 2.0], [True, False], tmp_path / "d.png", dropped=[True, True])
     texts = [" | ".join(t.get_text() for t in [*f.texts, *f.axes[0].texts]) for f in drawn]
-    assert "planted" not in texts[0] and "above kept" not in texts[0]
+    assert "planted" not in texts[0] and "kept above" not in texts[0]
     assert "1000 rows, 0 dropped" in texts[1] and "dropped from" not in texts[1]
-    assert "(1 above kept)" in texts[2]
+    assert "(1 kept above it)" in texts[2]
     for figure in drawn:
         assert_legible(figure)
 

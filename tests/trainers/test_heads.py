@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.trainers.toys import FromHidden, PadCollator, arguments, bert, gpt2, language_rows, llama, same, weights
 
 from hf_backdoor_defense.trainers.heads import hidden_matches_logits, is_causal, keeps_labels, loss_kind
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
+from tests.trainers.toys import FromHidden, PadCollator, arguments, bert, gpt2, language_rows, llama, same, weights
 
 
 @pytest.mark.parametrize("model", [gpt2, llama], ids=["tied", "untied"])

@@ -7,6 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import Trainer
+
+from hf_backdoor_defense.defenses.dece import DeCE
+from hf_backdoor_defense.defenses.matched_decay import MatchedDecay
+from hf_backdoor_defense.trainers.hosts import DefendedTrainer, defended
 from tests.trainers.toys import (
     Halved,
     PadCollator,
@@ -20,18 +25,11 @@ from tests.trainers.toys import (
     same,
     weights,
 )
-from transformers import Trainer
-
-from hf_backdoor_defense.defenses.dece import DeCE
-from hf_backdoor_defense.defenses.matched_decay import MatchedDecay
-from hf_backdoor_defense.trainers.hosts import DefendedTrainer, defended
 
 
 def make(tmp_path, model, rows, defense=None, cls=DefendedTrainer, extra=0, **args):
     kwargs = {} if cls is Trainer else {"defense": defense}
-    return cls(
-        model, args=arguments(tmp_path, **args), train_dataset=rows, data_collator=PadCollator(extra), **kwargs
-    )
+    return cls(model, args=arguments(tmp_path, **args), train_dataset=rows, data_collator=PadCollator(extra), **kwargs)
 
 
 CASES = {
@@ -155,7 +153,9 @@ def test_evaluation_reports_plain_cross_entropy_and_leaves_no_trace(tmp_path):
 
 def test_two_objectives_may_be_hosted_together(tmp_path):
     rows = classification_rows(8)
-    trainer = make(tmp_path, bert(), rows, [Halved(), WeightPull(strength=0.5)], logging_strategy="steps", logging_steps=1)
+    trainer = make(
+        tmp_path, bert(), rows, [Halved(), WeightPull(strength=0.5)], logging_strategy="steps", logging_steps=1
+    )
     before = weights(trainer)
     trainer.train()
     oracle = bert()

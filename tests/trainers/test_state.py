@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.trainers.toys import PadCollator, Recorder, arguments, bert, classification_rows, same, weights
 
 from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.defenses.trajectory import TrajectoryFilter
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.state import load_objective, load_states, save_objectives
+from tests.trainers.toys import PadCollator, Recorder, arguments, bert, classification_rows, same, weights
 
 
 def make(folder, defense, **args):
@@ -92,10 +92,13 @@ def test_resume_in_a_new_process_inside_an_epoch_continues_exactly(tmp_path):
     for kind, index in ((DeCE, 0), (TrajectoryFilter, 1)):
         again = load_objective(kind, tmp_path / "resumed")
         here = whole.objectives[index]
-        assert again.activity() == pytest.approx(here.activity())
+        for key, value in here.activity().items():
+            assert key == "seconds" or again.activity()[key] == pytest.approx(value)
         state, other = here.state_dict(), again.state_dict()
         assert state.keys() == other.keys()
         for key, value in state.items():
+            if key == "seconds":  # wall time of each process's own passes
+                continue
             assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
 
 

@@ -40,8 +40,16 @@ def bert(labels: int = 3, seed: int = 0, dropout: float = 0.0) -> BertForSequenc
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     set_seed(seed)
     config = GPT2Config(
-        vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0,
-        bos_token_id=1, eos_token_id=1,
+        vocab_size=50,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        resid_pdrop=0,
+        bos_token_id=1,
+        eos_token_id=1,
     )
     return GPT2LMHeadModel(config)
 
@@ -190,5 +198,3 @@ class FromHidden(Objective):
     def loss(self, step: Step) -> Tensor:
         assert step.logits is None and step.outputs is None
         return super().loss(step)
-
-

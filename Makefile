@@ -1,0 +1,52 @@
+# Every target sets up what it needs: one virtual environment, made anew when its inputs change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+RUFF := $(BIN)/ruff
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format tables bench-trajectory test-lowest clean
+
+help: ## this list
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-26s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	# torch first and from the constraints: a range would take the newest build and gigabytes of CUDA packages.
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[offline,dev]'
+	@touch $@
+
+demo: $(STAMP) ## poison, train, defend, measure: the whole product in about three minutes
+	$(BIN)/hfbd train --preset offline --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(STAMP) ## all tests, examples in docstrings included
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff and mypy
+	$(RUFF) format --check .
+	$(RUFF) check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff rewrite
+	$(RUFF) format .
+	$(RUFF) check --fix .
+
+bench-trajectory: $(STAMP) ## the trajectory filter over three seeds; ONLY=cell, EXTENDED=1
+	$(BIN)/python -m benchmarks.trajectory $(if $(ONLY),--only $(ONLY)) $(if $(EXTENDED),--extended)
+
+tables: $(STAMP) ## render the tables of README and docs from benchmarks/results
+	$(BIN)/python -m benchmarks.tables
+
+test-lowest: constraints-lowest.txt ## the tests against the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt torch
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[offline,dev]'
+	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -p no:cacheprovider
+
+clean: ## remove environments and caches, never runs/
+	rm -rf $(VENV) .venv-lowest .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info

@@ -1,0 +1,67 @@
+"""Cells x seeds of `hfbd train`, written to results/NAME.jsonl as they come; what is there is skipped, what was stopped goes on."""
+
+import argparse
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging
+
+from hf_backdoor_defense.experiment.arguments import PRESETS, RunArguments, build_defenses, defaults
+from hf_backdoor_defense.experiment.run import execute, resolve
+from hf_backdoor_defense.reporting.results import append_records, read_records
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting: `options` go over the preset "offline"; `setting` tells its records apart."""
+
+    setting: str
+    options: dict[str, Any] = field(default_factory=dict)
+    defense: tuple[Any, ...] = ("dece", "trajectory")
+    extended: bool = False
+    needs: Path | None = None  # data that is not part of the package
+
+
+def run_grid(name: str, cells: list[Cell], seeds: tuple[int, ...]) -> None:
+    """The command line of a benchmark."""
+    parser = argparse.ArgumentParser(prog=f"benchmarks.{name}")
+    parser.add_argument("--only", choices=[cell.setting for cell in cells], help="run one cell")
+    parser.add_argument("--extended", action="store_true", help="run the extended cells too")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    path = RESULTS / f"{name}.jsonl"
+    for cell in cells:
+        if args.only != cell.setting if args.only else cell.extended and not args.extended:
+            continue
+        if cell.needs is not None and not cell.needs.exists():
+            print(f"{cell.setting}: skipped, its data is not here (it is not part of the package)")
+            continue
+        for seed in seeds:
+            done = {(r.setting, r.seed) for r in read_records(path)} if path.exists() else set()
+            if (cell.setting, seed) in done:
+                print(f"{cell.setting}, seed {seed}: there already")
+                continue
+            folder = Path("runs") / f"bench-{name}" / cell.setting / str(seed)
+            outcome = execute(_plan(cell, seed, folder))
+            print(f"{outcome.table}\n{outcome.verdict}\n", flush=True)
+            records = [dataclasses.replace(r, benchmark=name, setting=cell.setting) for r in outcome.records]
+            append_records(path, records)
+            shutil.rmtree(folder / "arms", ignore_errors=True)
+
+
+def _plan(cell: Cell, seed: int, folder: Path) -> Any:
+    options = {**defaults(), **PRESETS["offline"], **cell.options, "seeds": [seed], "output_dir": str(folder)}
+    options.pop("defense")
+    parser = HfArgumentParser([RunArguments, TrainingArguments])
+    run, training = parser.parse_dict(options)
+    specs = [{"name": item} if isinstance(item, str) else dict(item) for item in cell.defense]
+    return resolve(run, training, build_defenses(specs))

@@ -1,0 +1,106 @@
+"""Every row of the registry against every invariant of the contract."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from hf_backdoor_defense.objectives import Objective, overrides
+from hf_backdoor_defense.registry import CONTROLS, DEFENSES, objective_class
+from hf_backdoor_defense.trainers.hosts import DefendedTrainer
+from hf_backdoor_defense.trainers.state import load_objective
+from tests.trainers.toys import PadCollator, arguments, bert, classification_rows
+
+# Fields under which a method must act on the toy (defaults where not listed), other than its defaults, and neutralized.
+ACTS = {"matched_decay": {"pull": [0.9]}, "trajectory": {"drop_share": 0.1}}
+OTHER = {
+    "dece": {"alpha_base": 0.9, "label_smoothing": 0.1, "warmup_epochs": 1, "schedule": "fractional"},
+    "trajectory": {"fractions": [0.0, 0.5], "drop_share": 0.2, "class_cap": 0.4, "rerank": False},
+    "matched_decay": {"pull": [0.5, 0.25]},
+}
+NEUTRAL = {
+    "dece": {"alpha_base": 1.0},
+    "trajectory": {"drop_share": 0.0, "rerank": False},
+    "matched_decay": {"pull": [1.0]},
+}
+NAMES = [*DEFENSES, *CONTROLS]
+
+
+def trained(folder, objective):
+    trainer = DefendedTrainer(
+        bert(),
+        args=arguments(folder, num_train_epochs=2),
+        train_dataset=classification_rows(40),
+        data_collator=PadCollator(),
+        defense=objective,
+    )
+    trainer.train()
+    return trainer
+
+
+def test_the_tables_cover_the_registry():
+    assert set(OTHER) == set(NEUTRAL) == set(NAMES)
+    assert not set(DEFENSES) & set(CONTROLS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_fields_and_json(name):
+    kind = objective_class(name)
+    assert issubclass(kind, Objective) and kind.name == name and kind.__doc__
+    assert all(field.default is not dataclasses.MISSING or field.default_factory for field in dataclasses.fields(kind))
+    for objective in (kind(), kind(**OTHER[name]), *(kind.preset(preset) for preset in kind.presets)):
+        again = kind.from_dict(json.loads(json.dumps(objective.to_dict())))
+        assert again == objective and again is not objective
+    assert kind() != kind(**OTHER[name])
+    assert kind().activity() in ({}, kind().activity()) and isinstance(kind().state_dict(), dict)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_acts_at_its_defaults_and_reports_it(tmp_path, name):
+    objective = objective_class(name)(**ACTS.get(name, {}))
+    trained(tmp_path, objective)
+    assert objective.inert() is None
+    activity = objective.activity()
+    assert activity and all(isinstance(value, float) for value in activity.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_neutralized_it_says_inert(tmp_path, name):
+    objective = objective_class(name)(**NEUTRAL[name])
+    trained(tmp_path, objective)
+    assert objective.inert()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded_with_other_values(tmp_path, name):
+    objective = objective_class(name)(**OTHER[name])
+    trainer = trained(tmp_path, objective)
+    trainer.save_model(tmp_path / "final")
+    again = load_objective(objective_class(name), tmp_path / "final")
+    assert again == objective and again.activity() == pytest.approx(objective.activity())
+    before, after = objective.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert torch.equal(value, after[key]) if isinstance(value, torch.Tensor) else value == after[key]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_keeps_no_model(tmp_path, name):
+    objective = objective_class(name)(**ACTS.get(name, {}))
+    trained(tmp_path, objective)
+    assert not any(isinstance(value, torch.nn.Module) for value in vars(objective).values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_type_is_refused_with_the_field(name):
+    field = dataclasses.fields(objective_class(name))[0].name
+    with pytest.raises(ValueError, match=field):
+        objective_class(name).from_dict({field: {"not": "this"}})
+
+
+def test_defaults_of_the_base_are_neutral():
+    base = Objective()
+    assert base.check(None) == [] and base.penalties(None) == {} and base.ranking() is None and base.refit() is None
+    assert base.inert() is None and base.state_dict() == {}
+    assert not any(overrides(base, method) for method in ("loss", "penalties", "prepare", "observe"))
