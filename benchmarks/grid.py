@@ -1,4 +1,7 @@
-"""Cells x seeds of `hfbd train`, written to results/NAME.jsonl as they come; what is there is skipped, what was stopped goes on."""
+"""Cells x seeds of `hfbd train`, written to results/NAME.jsonl as they come.
+
+What is there is skipped; what was stopped goes on.
+"""
 
 import argparse
 import dataclasses

@@ -7,7 +7,7 @@ pull, less with every epoch. The tensor mathematics is `functional/dece.py`.
 
 | paper | field | where the value stands |
 |---|---|---|
-| alpha | `alpha_base` = 0.985 | authors' code, latest class (8ad7837, 28c98d8); not in the abstract, the paper's own value is not known to us |
+| alpha | `alpha_base` = 0.985 | authors' code, latest class (8ad7837, 28c98d8); paper: not found |
 | epsilon | `label_smoothing` = 0.05 | authors' code; spread over V - 1 classes, not torch's V |
 | first exponent | 1 (epoch index + 1) | authors' code |
 | - | `schedule` = "epoch" | authors' code; "fractional" (e = epoch + 1, moving every step) is ours |

@@ -19,10 +19,10 @@ class MatchedDecay(Objective):
 
     >>> MatchedDecay(pull=[0.9, 0.5]).factor(epoch=1.25)
     0.5
-    >>> MatchedDecay(pull=[])
+    >>> MatchedDecay(pull=[])  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: matched_decay: `pull` must hold a factor in (0, 1] per epoch, got []: run DeCE first and pass its pull_per_epoch().
+    ValueError: matched_decay: `pull` must hold a factor in (0, 1] per epoch, got []: run DeCE first and pass its ...
     """
 
     name = "matched_decay"

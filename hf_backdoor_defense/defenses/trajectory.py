@@ -10,7 +10,7 @@ confident rows of all. A clean row is plausible from the start, or stays hard. N
 | z_end | the model at the end of the (undefended) training |
 | z_early, fraction 0 | class means in the *pretrained* features, before any training: softmax(cos(h_i, mean_c) / `temperature`) |
 | z_early, fraction f > 0 | the model after f epochs; several fractions are averaged |
-| z_early, refit | the model that was trained without the first ranking's top `first_share`: replaces the others in the second ranking |
+| z_early, refit | in the second ranking: the model that was trained without the first one's top `first_share` |
 
 The first ranking is coarse, so it drops more than it should; a model trained on the rest has hardly learned the trigger and
 tells flipped labels from hard ones. Its second ranking drops `drop_share`, and clean rows of the first come back.

@@ -104,7 +104,7 @@ def _records(scores: dict[str, BackdoorScores], task: str, model: str, simulate:
 
 def _failures(scores: dict[str, BackdoorScores], max_over: float | None, max_drop: float | None) -> list[str]:
     reference, own = scores.get("clean_reference"), scores["model"]
-    failures = []
+    failures: list[str] = []
     if reference is None:
         return failures
     if max_over is not None and own.asr is not None and reference.asr is not None:

@@ -288,7 +288,7 @@ def _seed_data(plan: Plan, seed: int) -> SeedData:
     few = validation.shuffle(seed=0, keep_in_memory=True).select(range(min(CURVE_ROWS, len(validation))))
     triggered = curve_triggered = None
     if trigger is not None:
-        options = {"target": run.target, "seed": seed}
+        options: dict[str, Any] = {"target": run.target, "seed": seed}
         triggered = tokenized(trigger_dataset(judged, trigger, **options))
         curve_triggered = tokenized(trigger_dataset(few, trigger, **options))
     return SeedData(

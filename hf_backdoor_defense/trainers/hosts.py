@@ -25,7 +25,7 @@ class DefendedTrainer(DefenseMixin, Trainer):
     """
 
 
-def defended(trainer_class: type) -> type:
+def defended(trainer_class: Any) -> Any:
     """A class that hosts objectives in any Trainer whose `compute_loss` is Trainer's own.
 
     Raises:
@@ -40,8 +40,8 @@ def defended(trainer_class: type) -> type:
         raise TypeError(f"defended() takes a subclass of transformers.Trainer, got {trainer_class!r}.")
     if issubclass(trainer_class, DefenseMixin):
         raise TypeError(f"{trainer_class.__name__} hosts objectives already: use it as it is.")
-    own: Any = trainer_class.compute_loss
-    if own is not Trainer.compute_loss:
+    stock: Any = Trainer
+    if trainer_class.compute_loss is not stock.compute_loss:
         raise TypeError(
             f"{trainer_class.__name__} has a compute_loss of its own, which a defense would replace. Write that loss as an "
             "Objective (`loss(step)` or `penalties(step)`) and host it in DefendedTrainer."

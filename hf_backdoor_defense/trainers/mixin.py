@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_backdoor_defense.functional.cross_entropy import cross_entropy, shift_labels
@@ -47,6 +46,11 @@ class DefenseMixin(_Base):
     """
 
     loss_is_scaled_for_ga = True
+    # Trainer's own, named for the type checker.
+    args: Any
+    data_collator: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -248,6 +252,3 @@ def _check_objectives(objectives: list[Objective]) -> None:
     names = [o.name for o in objectives]
     if len(set(names)) < len(names):
         raise ValueError(f"The same method is given twice ({', '.join(names)}): leave one out.")
-
-
-Host = Trainer  # what `_Base` is at run time, for readers
