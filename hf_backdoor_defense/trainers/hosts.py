@@ -13,13 +13,14 @@ class DefendedTrainer(DefenseMixin, Trainer):
     Prefer a drop-in of `named.py` where one method with its defaults is all you need.
 
     >>> import torch
-    >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+    >>> from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, TrainingArguments
     >>> from hf_backdoor_defense.defenses.dece import DeCE
     >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
     >>> model = BertForSequenceClassification(config)
     >>> rows = [{"input_ids": torch.tensor([1, i]), "labels": i % 2} for i in range(8)]
     >>> args = TrainingArguments(max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no")
     >>> trainer = DefendedTrainer(model, args=args, train_dataset=rows, defense=DeCE(alpha_base=0.9))
+    >>> trainer.remove_callback(PrinterCallback)
     >>> int(trainer.train().global_step)
     2
     """
@@ -40,8 +41,8 @@ def defended(trainer_class: Any) -> Any:
         raise TypeError(f"defended() takes a subclass of transformers.Trainer, got {trainer_class!r}.")
     if issubclass(trainer_class, DefenseMixin):
         raise TypeError(f"{trainer_class.__name__} hosts objectives already: use it as it is.")
-    stock: Any = Trainer
-    if trainer_class.compute_loss is not stock.compute_loss:
+    kind: Any = trainer_class
+    if kind.compute_loss is not Trainer.compute_loss:
         raise TypeError(
             f"{trainer_class.__name__} has a compute_loss of its own, which a defense would replace. Write that loss as an "
             "Objective (`loss(step)` or `penalties(step)`) and host it in DefendedTrainer."

@@ -112,8 +112,8 @@ def test_missing_or_stripped_sources_name_the_way_out(tmp_path):
     [
         ("one two three four five six seven", 1),
         ("one two three four five six", 0),
-        ("word " * 40, 1),
-        ("word " * 41, 0),
+        ("word " * 24, 1),
+        ("word " * 25, 0),
         ("2 one two three four five six seven", 0),
         ("aaaa bbbb cccc dddd eeee ffff ggg 123456789", 0),  # 34 of 43 are letters or spaces
         ("aaaa bbbb cccc dddd eeee ffff ggggg 12345678", 1),  # 36 of 44
