@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format tables bench-trajectory test-lowest clean
+.PHONY: help demo test lint format tables bench-trajectory search-trajectory test-lowest clean
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-26s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ format: $(STAMP) ## let ruff rewrite
 
 bench-trajectory: $(STAMP) ## the trajectory filter over three seeds; ONLY=cell, EXTENDED=1
 	$(BIN)/python -m benchmarks.trajectory $(if $(ONLY),--only $(ONLY)) $(if $(EXTENDED),--extended)
+
+search-trajectory: $(STAMP) ## when the filter takes its early snapshot: every choice, on seeds reported nowhere else
+	$(BIN)/python -m benchmarks.trajectory_search
 
 tables: $(STAMP) ## render the tables of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables

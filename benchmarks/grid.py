@@ -54,14 +54,15 @@ def run_grid(name: str, cells: list[Cell], seeds: tuple[int, ...]) -> None:
                 print(f"{cell.setting}, seed {seed}: there already")
                 continue
             folder = Path("runs") / f"bench-{name}" / cell.setting / str(seed)
-            outcome = execute(_plan(cell, seed, folder))
+            outcome = execute(plan_of(cell, seed, folder))
             print(f"{outcome.table}\n{outcome.verdict}\n", flush=True)
             records = [dataclasses.replace(r, benchmark=name, setting=cell.setting) for r in outcome.records]
             append_records(path, records)
             shutil.rmtree(folder / "arms", ignore_errors=True)
 
 
-def _plan(cell: Cell, seed: int, folder: Path) -> Any:
+def plan_of(cell: Cell, seed: int, folder: Path) -> Any:
+    """The plan of one cell and seed: the preset "offline" with the cell's options over it."""
     options = {**defaults(), **PRESETS["offline"], **cell.options, "seeds": [seed], "output_dir": str(folder)}
     options.pop("defense")
     parser = HfArgumentParser([RunArguments, TrainingArguments])

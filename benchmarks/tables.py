@@ -30,7 +30,13 @@ def blocks() -> dict[tuple[str, str], str]:
         found = of_setting(records, setting)
         columns = [metric for metric in METRICS if any(r.metric == metric for r in found)]
         every.append(f"### {setting}\n\n{render_markdown(found, columns)}")
+    search = read_records(RESULTS / "trajectory_search.jsonl")
+    choices = []
+    for attack in dict.fromkeys(record.attack for record in search):
+        found = [record for record in search if record.attack == attack and record.defense == "trajectory"]
+        choices.append(f"{attack}\n\n{render_markdown(found, ['precision', 'recall', 'auroc'])}")
     return {
+        ("docs/log.md", "trajectory_search"): "\n\n".join(choices),
         ("README.md", "trajectory"): f"{demo}\n\n{where} From `benchmarks/results/trajectory.jsonl`.",
         ("docs/choosing.md", "trajectory"): "\n\n".join(every),
     }

@@ -168,7 +168,7 @@ def execute(plan: Plan) -> Outcome:
     suspects: list[dict[str, Any]] = []
     planted: dict[int, set[int]] = {}
     for seed in plan.run.seeds:
-        data = _seed_data(plan, seed)
+        data = seed_data(plan, seed)
         if data.poisoned is not None:
             rows = data.poisoned.dataset
             flags = np.asarray(rows["is_poisoned"])
@@ -269,7 +269,8 @@ def _suspects(ranking: dict[str, Any], data: SeedData) -> list[dict[str, Any]]:
     return rows
 
 
-def _seed_data(plan: Plan, seed: int) -> SeedData:
+def seed_data(plan: Plan, seed: int) -> SeedData:
+    """Everything one seed trains and measures on: poisoned by that seed, tokenized."""
     run, trigger = plan.run, plan.run.get_trigger()
 
     def tokenized(rows: Dataset) -> Dataset:

@@ -83,6 +83,11 @@ def refusals(trainer: Any) -> list[str]:
     return reasons
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output projection of a language model; None for classifiers and for models of another make."""
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+
+
 def forward_with_hidden(step: Step, model: nn.Module, loss: Callable[[Step], Tensor]) -> tuple[Tensor, Any]:
     """One forward of the wrapped model in which the loss takes the place of the output projection.
 
@@ -92,7 +97,7 @@ def forward_with_hidden(step: Step, model: nn.Module, loss: Callable[[Step], Ten
     Returns:
         the values [n_valid], and the model's outputs (with placeholder logits).
     """
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = output_head(model)
     if head is None:
         step.outputs = step.model(**step.inputs)
         step.logits = step.outputs["logits"]

@@ -26,7 +26,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_backdoor_defense.functional.cross_entropy import cross_entropy, shift_labels
 from hf_backdoor_defense.objectives import Objective, Step, overrides
 from hf_backdoor_defense.trainers.columns import IS_POISONED, ROW_ID, ColumnCollator, model_columns, with_row_ids
-from hf_backdoor_defense.trainers.heads import base_model, forward_with_hidden, is_causal, keeps_labels, refusals
+from hf_backdoor_defense.trainers.heads import (
+    base_model,
+    forward_with_hidden,
+    hidden_matches_logits,
+    is_causal,
+    keeps_labels,
+    output_head,
+    refusals,
+)
 from hf_backdoor_defense.trainers.state import load_states, require_safetensors, save_objectives
 
 # At run time the mixin stands before a Trainer class (hosts.py); for the type checker it is one.
@@ -70,6 +78,7 @@ class DefenseMixin(_Base):
         self.aux_datasets = dict(aux_datasets or {})
         self._terms: dict[str, tuple[Tensor, int]] = {}
         self._has_trained = False
+        self._projection_checked = False
         if kwargs.get("train_dataset") is not None:
             kwargs["train_dataset"] = with_row_ids(kwargs["train_dataset"])
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), *objectives]
@@ -156,6 +165,7 @@ class DefenseMixin(_Base):
 
         main = next((o for o in self.objectives if overrides(o, "loss")), None)
         if main is not None and main.needs_hidden:
+            self._check_projection(model, core, inputs)
             values, outputs = forward_with_hidden(step, core, main.loss)
         else:
             outputs = model(**inputs)
@@ -172,6 +182,18 @@ class DefenseMixin(_Base):
         self._require_finite(total, row_ids)
         self._remember(step.metrics)
         return (total, outputs) if return_outputs else total
+
+    def _check_projection(self, model: nn.Module, core: nn.Module, inputs: dict[str, Any]) -> None:
+        """Once, on the first batch: what the head does must be all that stands between hidden states and logits."""
+        if self._projection_checked or output_head(core) is None:
+            return
+        if not hidden_matches_logits(model, inputs):
+            raise ValueError(
+                f"{type(core).__name__} does something to its logits after the output projection that its configuration does "
+                "not tell (known: soft-cap, scale): a loss on hidden states would be another loss. Use a method that takes "
+                "logits, or report the model."
+            )
+        self._projection_checked = True
 
     def _accumulation_steps(self) -> int:
         # The Trainer sets the attribute per optimizer step: the last one of an epoch may hold fewer micro-batches.

@@ -53,6 +53,21 @@ def test_projection_is_checked_against_the_models_own_logits():
     assert not hidden_matches_logits(scaled, inputs)
 
 
+def test_a_head_that_does_more_than_project_is_refused_by_name(tmp_path):
+    model = llama()
+    original = model.forward
+    model.forward = lambda **kw: _scaled(original(**kw))
+    trainer = DefendedTrainer(
+        model,
+        args=arguments(tmp_path),
+        train_dataset=language_rows(8),
+        data_collator=PadCollator(),
+        defense=FromHidden(),
+    )
+    with pytest.raises(ValueError, match="LlamaForCausalLM does something to its logits"):
+        trainer.train()
+
+
 def _scaled(outputs):
     outputs["logits"] = outputs["logits"] * 2
     return outputs

@@ -171,6 +171,29 @@ def test_two_objectives_may_be_hosted_together(tmp_path):
     assert logged[0]["weight_pull/norm"] == pytest.approx(expected, rel=1e-4)
 
 
+class _Stride(torch.autograd.Function):
+    seen: list = []
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        _Stride.seen.append((grad.stride(), grad.numel()))
+        return grad
+
+
+def test_the_host_divides_last_so_that_a_fused_loss_sees_a_uniform_gradient(tmp_path):
+    class Watches(Halved):
+        def loss(self, step):
+            return _Stride.apply(super().loss(step))
+
+    _Stride.seen.clear()
+    make(tmp_path, gpt2(), language_rows(16), [Watches(), WeightPull()], gradient_accumulation_steps=2).train()
+    assert _Stride.seen and all(stride == (0,) and count > 1 for stride, count in _Stride.seen)
+
+
 def test_two_losses_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="halved and dece both replace the loss"):
         make(tmp_path, bert(), classification_rows(8), [Halved(), DeCE()])
