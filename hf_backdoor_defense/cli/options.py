@@ -30,7 +30,7 @@ def parse(
     defaults: dict[str, Any] = {}
     if preset is not None:
         if preset not in presets:
-            raise ValueError(f"There is no preset `{preset}`. Presets: {', '.join(presets)}.")
+            raise ValueError(f"There is no preset `{preset}`. Presets: {', '.join(filter(None, presets))}.")
         defaults.update(presets[preset])
     if config_path is not None:
         config = _read(config_path)
@@ -56,7 +56,7 @@ def parse(
 
 def _description(presets: Mapping[str, Any]) -> str:
     return (
-        f"Also: --config FILE.yaml (same keys); --preset {{{','.join(presets)}}}; --defense NAME… with "
+        f"Also: --config FILE.yaml (same keys); --preset {{{','.join(filter(None, presets))}}}; --defense NAME… with "
         "--defense.FIELD VALUE (or --defense.NAME.FIELD VALUE). Flags win over the file, the file over the preset."
     )
 

@@ -18,6 +18,7 @@ When not to use it: with few classes the label's probability starts at 1/C and t
 a new head or weights that are backdoored already are outside of what it can do. See docs/choosing.md.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from hf_backdoor_defense.functional.dece import dece_loss_and_target_logps, target_pull, threshold
 from hf_backdoor_defense.objectives import Objective, Step
+
+logger = logging.getLogger(__name__)
 
 INERT_BELOW = 1e-6
 
@@ -95,7 +98,20 @@ class DeCE(Objective):
         return reasons
 
     def check(self, trainer: Any) -> list[str]:
-        """Refuses a label smoothing that leaves the label less likely than the others."""
+        """Refuses a label smoothing that leaves the label less likely than the others; warns of a schedule that goes too far."""
+        if not hasattr(trainer.train_dataset, "__len__"):
+            logger.warning(
+                "dece: the training set has no length, so an epoch has none and alpha may stay at its first value."
+            )
+        last = self.log_alpha(max(trainer.args.num_train_epochs - 1e-6, 0.0))
+        tau = threshold(log_alpha=last, label_smoothing=self.label_smoothing)
+        if tau >= 1:
+            logger.warning(
+                "dece: in the last of %g epochs even certain labels keep less than half of their pull (threshold %.2f): "
+                "raise alpha_base or train for fewer epochs.",
+                trainer.args.num_train_epochs,
+                tau,
+            )
         classes = getattr(trainer.model.config, "num_labels", 2)
         is_classifier = "Classification" in str(getattr(trainer.model, "loss_type", ""))
         if is_classifier and classes >= 2 and self.label_smoothing >= (classes - 1) / classes:

@@ -25,6 +25,7 @@ clean-label poison carries no contradiction to find.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ class TrajectoryFilter(Objective):
             )
         elif len(set(rows["row_id"])) < len(rows):
             reasons.append("`row_id` holds a number twice: rows could not be told apart. Number them anew.")
-        last = trainer.args.num_train_epochs if trainer.args.max_steps <= 0 else float("inf")
+        last = _epochs(trainer.args, len(rows)) if hasattr(rows, "__len__") else float("inf")
         if max(self.fractions) >= last:
             reasons.append(
                 f"`fractions` must lie before the end of training ({last:g} epochs), got {self.fractions}. Set [0.0]."
@@ -168,7 +169,10 @@ class TrajectoryFilter(Objective):
             return None
         early = self._snapshots.get(REFIT)
         if early is None:
-            early = torch.stack([self._snapshots[f"{fraction:g}"] for fraction in self.fractions]).mean(0)
+            taken = [self._snapshots[key] for key in (f"{f:g}" for f in self.fractions) if key in self._snapshots]
+            if not taken:  # the training was stopped before the first of them
+                return None
+            early = torch.stack(taken).mean(0)
         scores = self._snapshots[END] - early
         order = torch.argsort(scores, descending=True, stable=True)
         dropped = frozenset(self._top(order, self.first_share if self.rerank and not self._second else self.drop_share))
@@ -216,12 +220,11 @@ class TrajectoryFilter(Objective):
         """Nothing was ranked or nothing would be dropped."""
         ranking = self.ranking()
         if ranking is None:
-            return "trajectory ranked no rows: the training did not end"
-        return (
-            None
-            if ranking.dropped
-            else f"trajectory drops no row: drop_share={self.drop_share} of {len(ranking.row_ids)}"
-        )
+            return "trajectory ranked no rows: the training did not end, or ended before the first early snapshot"
+        if ranking.dropped:
+            return None
+        name = "first_share" if self.rerank and not self._second else "drop_share"
+        return f"trajectory drops no row: {name}={getattr(self, name)} of {len(ranking.row_ids)}"
 
     def state_dict(self) -> dict[str, Any]:
         """Row ids, labels and snapshots: 4 bytes per row and snapshot."""
@@ -240,6 +243,14 @@ class TrajectoryFilter(Objective):
         self._snapshots = {
             key.removeprefix("snapshot_"): value for key, value in state.items() if key.startswith("snapshot_")
         }
+
+
+def _epochs(args: Any, rows: int) -> float:
+    """How many epochs a training will last, whichever way its length is given."""
+    if args.max_steps <= 0:
+        return float(args.num_train_epochs)
+    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+    return args.max_steps / math.ceil(batches / args.gradient_accumulation_steps)
 
 
 def label_log_odds(logits: Tensor, labels: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class RunArguments:
     max_ca_drop: float | None = _option(None, "gate: exit 1 when a defense costs more clean accuracy")
     dry_run: bool = _option(False, "print the resolved plan and stop")
 
+    def __post_init__(self) -> None:
+        if isinstance(self.seeds, int):
+            self.seeds = [self.seeds]
+
     def get_trigger(self) -> Trigger | None:
         """The simulated trigger, or None. Raises ValueError for an unknown name or an empty text."""
         if self.simulate is None:
@@ -112,8 +116,8 @@ def build_defenses(specs: list[dict[str, Any]]) -> list[Objective]:
 
 
 def only_observes(objective: Objective) -> bool:
-    """Whether an objective changes nothing while it is hosted, so that it can ride along with the undefended arm."""
-    return not any(overrides(objective, method) for method in ("loss", "penalties"))
+    """Whether a method only ranks rows while it is hosted, so that it can ride along with the undefended arm."""
+    return overrides(objective, "ranking") and not any(overrides(objective, method) for method in ("loss", "penalties"))
 
 
 def defaults() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One arm: a model trained one way on one data set, measured, and never trained twice."""
 
 import copy
+import gc
 import json
 import shutil
 import sys
@@ -222,7 +223,9 @@ def _usable_checkpoint(folder: Path) -> str | None:
 
 
 def _reset_peak() -> None:
+    gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
         try:

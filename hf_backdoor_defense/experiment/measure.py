@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import DataCollatorWithPadding
 
@@ -68,6 +69,7 @@ def measure(
                 load_from_cache_file=False,
             )
 
+        network.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         scores[name] = evaluate_backdoor(
             network,
             tokenized(test),

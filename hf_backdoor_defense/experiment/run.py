@@ -1,8 +1,11 @@
 """A run: every arm for every seed, one results file, one verdict. The same call continues a stopped run."""
 
+import copy
 import dataclasses
+import hashlib
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +29,13 @@ from hf_backdoor_defense.models import load_classifier
 from hf_backdoor_defense.objectives import Objective
 from hf_backdoor_defense.registry import objective_class
 from hf_backdoor_defense.reporting.results import write_json
+from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 
 PLAN_NAME = "plan.json"
 CURVE_ROWS = 100
 # Where a run is put and how it is shown: none of it changes a number.
 _NOT_IDENTITY = {
-    "output_dir", "run_name", "logging_dir", "report_to", "disable_tqdm", "dry_run", "save_models", "max_asr_over_floor",
+    "output_dir", "run_name", "logging_dir", "report_to", "disable_tqdm", "dry_run", "max_asr_over_floor",
     "max_ca_drop", "hub_token", "push_to_hub", "seed", "baselines",
 }  # fmt: skip
 
@@ -122,6 +126,18 @@ def resolve(run: RunArguments, training: TrainingArguments, defenses: list[Objec
             "hfbd train runs its arms in one process, and was started in several. For several processes use the trainer "
             "classes in your own script under `accelerate launch`."
         )
+    if training.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` is set: a run trains models on poisoned data on purpose and publishes none. Remove it, and push "
+            "the model you want from the run folder's `models`."
+        )
+    if str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no" or training.load_best_model_at_end:
+        raise ValueError(
+            "`eval_strategy` and `load_best_model_at_end` have nothing to choose by: a run measures every epoch and the end "
+            "by itself, and picks no checkpoint. Remove them."
+        )
+    if training.seed != TrainingArguments().seed:
+        raise ValueError(f"`seed` is {training.seed}, but a run takes its seeds from `seeds`: --seeds {training.seed}.")
     if training.label_smoothing_factor:
         raise ValueError(
             f"`label_smoothing_factor` is {training.label_smoothing_factor}: the arms must not differ in their loss, and DeCE "
@@ -136,6 +152,11 @@ def resolve(run: RunArguments, training: TrainingArguments, defenses: list[Objec
         num_layers=run.num_layers,
         frozen_layers=run.frozen_layers,
     )
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"The tokenizer of `{run.model_name}` has no padding token: texts of unequal length cannot be batched. Set one "
+            "(tokenizer.pad_token = tokenizer.eos_token) and save the tokenizer with the model."
+        )
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and run.max_length > longest:
         raise ValueError(f"`max_length` is {run.max_length}, the model reads at most {longest} tokens. Lower it.")
@@ -154,9 +175,33 @@ def resolve(run: RunArguments, training: TrainingArguments, defenses: list[Objec
         for seed in reversed(run.seeds):
             poisoned = _poison(run, data["train"], seed)
         planted = _planted(poisoned, tokenizer, run.max_length)
-    plan = Plan(run, training, defenses, data, describe(data), parameters, planted, tokenizer)
+    _check_hosting(model, training, defenses, data["train"])
+    described = {**describe(data), "weights": _fingerprint(model)}
+    plan = Plan(run, training, defenses, data, described, parameters, planted, tokenizer)
     _check_folder(plan)
     return plan
+
+
+def _check_hosting(model: Any, training: TrainingArguments, defenses: list[Objective], rows: Dataset) -> None:
+    """Every reason why a defense cannot be hosted, now and not after the arms before it were trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = copy.copy(training)
+        args.output_dir = folder
+        reasons = []
+        for defense in [None, *map(dataclasses.replace, defenses)]:
+            trainer = DefendedTrainer(model, args=args, train_dataset=rows, defense=defense)
+            reasons += [reason for reason in trainer.reasons() if reason not in reasons]
+    if reasons:
+        raise ValueError("This run cannot be trained:\n" + "\n".join(f"- {reason}" for reason in reasons))
+
+
+def _fingerprint(model: Any) -> str:
+    """SHA-256 over all weights: a run folder belongs to them, not to a path."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def execute(plan: Plan) -> Outcome:
@@ -176,7 +221,7 @@ def execute(plan: Plan) -> Outcome:
         results[seed], between[seed], found = _run_seed(plan, data)
         suspects += found
     records = records_of(plan, results, between, planted, _baselines(plan))
-    outcome = summarize_run(plan, results, records)
+    outcome = summarize_run(plan, results, between, records)
     write_outcome(plan, outcome, results, between, suspects, planted)
     return outcome
 
@@ -253,7 +298,9 @@ def _suspects(ranking: dict[str, Any], data: SeedData) -> list[dict[str, Any]]:
     labels = dict(zip(data.train["row_id"], data.train["label"], strict=True))
     count = max(2 * len(dropped), 50)
     rows = []
-    for rank, (row_id, score) in enumerate(zip(ranking["row_ids"][:count], ranking["scores"], strict=False), start=1):
+    for rank, (row_id, score) in enumerate(zip(ranking["row_ids"], ranking["scores"], strict=True), start=1):
+        if rank > count and row_id not in dropped:
+            continue
         rows.append(
             {
                 "seed": data.seed,
@@ -274,7 +321,7 @@ def seed_data(plan: Plan, seed: int) -> SeedData:
     run, trigger = plan.run, plan.run.get_trigger()
 
     def tokenized(rows: Dataset) -> Dataset:
-        keep = [name for name in ("label", "row_id", "is_poisoned") if name in rows.column_names]
+        keep = [name for name in ("label", "row_id") if name in rows.column_names]
         return rows.map(
             lambda batch: plan.tokenizer(batch["text"], truncation=True, max_length=run.max_length),
             batched=True,
@@ -329,7 +376,10 @@ def _planted(poisoned: Poisoned | None, tokenizer: Any, max_length: int) -> dict
 
 
 def _baselines(plan: Plan) -> dict[str, tuple[int, int]]:
-    return baselines(plan.data, seed=0) if plan.run.baselines else {}
+    if not plan.run.baselines:
+        return {}
+    judged = DatasetDict({**plan.data, "test": plan.data[plan.run.eval_split]})
+    return baselines(judged, seed=0)
 
 
 def _check_folder(plan: Plan) -> None:

@@ -12,7 +12,6 @@ from hf_backdoor_defense.evaluation.metrics import (
     defense_effectiveness_rate,
     mean_over_seeds,
     precision_at,
-    recall_at,
     wilson,
 )
 from hf_backdoor_defense.reporting.plots import plot_ca_asr, plot_curves, plot_scores
@@ -79,11 +78,13 @@ def records_of(
                 add(seed, arm, "r_acc", None, result["r_acc"])
             seconds, reference = _seconds(arm, arms, between[seed]), _seconds("undefended", arms, between[seed])
             add(seed, arm, "seconds", seconds)
-            add(seed, arm, "peak_bytes", result["peak_bytes"])
+            peaks = [training["peak_bytes"] for training in (result, *between[seed].get(arm, []))]
+            peak = max(peaks) if all(peaks) else None
+            add(seed, arm, "peak_bytes", peak)
             if seconds is not None and reference:
                 add(seed, arm, "time_ratio", seconds / reference)
-            if base is not None and result["peak_bytes"] and base["peak_bytes"]:
-                add(seed, arm, "memory_ratio", result["peak_bytes"] / base["peak_bytes"])
+            if base is not None and peak and base["peak_bytes"]:
+                add(seed, arm, "memory_ratio", peak / base["peak_bytes"])
             if base is not None and base["asr"] is not None and arm not in ("undefended", "clean_reference"):
                 rate = defense_effectiveness_rate(
                     ca_before=base["ca"]["value"],
@@ -96,22 +97,19 @@ def records_of(
             if seed not in planted:
                 continue
             hits = [row_id in planted[seed] for row_id in ranking["row_ids"]]
-            count = sum(hits)
-            dropped = len(ranking["dropped"])
-            add(seed, arm, "precision", precision_at(hits, count))
-            add(seed, arm, "recall", recall_at(hits, dropped) if dropped else 0.0)
+            add(seed, arm, "precision", precision_at(hits, sum(hits)))
+            add(seed, arm, "recall", len(planted[seed] & set(ranking["dropped"])) / len(planted[seed]))
             add(seed, arm, "auroc", auroc(ranking["scores"], hits))
     return records
 
 
-def summarize_run(plan: Any, results: Results, records: list[Record]) -> Outcome:
+def summarize_run(plan: Any, results: Results, between: dict[int, Between], records: list[Record]) -> Outcome:
     """Table, gates and verdict."""
     failures = []
     run = plan.run
     for objective in plan.defenses:
         for seed, arms in results.items():
-            hosted = {**arms.get("undefended", {}).get("objectives", {}), **arms[objective.name]["objectives"]}
-            reason = hosted.get(objective.name, {}).get("inert")
+            reason = _last_account(objective.name, arms, between[seed]).get("inert")
             if reason:
                 failures.append(f"INERT: {objective.name}, seed {seed}: {reason}")
         over, drop = over_floor(results, objective.name), ca_drop(results, objective.name)
@@ -123,11 +121,20 @@ def summarize_run(plan: Any, results: Results, records: list[Record]) -> Outcome
             failures.append(
                 f"GATE: {objective.name} costs {drop:.3f} of clean accuracy, allowed is {run.max_ca_drop:g}"
             )
-    return Outcome(records, render_terminal(records), verdict(plan, results), failures)
+    if run.max_asr_over_floor is not None and not attack_took(results):
+        failures.append("GATE: the attack did not take, so nothing was tested: raise --poison_rate or train longer")
+    planted = plan.planted["requested"] if plan.planted else None
+    majority = max((r.value for r in records if r.defense == "majority"), default=None)
+    return Outcome(records, render_terminal(records, planted=planted), verdict(plan, results, majority), failures)
 
 
-def verdict(plan: Any, results: Results) -> str:
-    """One sentence that claims no more than was measured."""
+def attack_took(results: Results) -> bool:
+    """Whether, for every seed, the undefended model's ASR lies clearly above the clean floor: their intervals do not meet."""
+    return all(a["undefended"]["asr"]["low"] > a["clean_reference"]["asr"]["high"] for a in results.values())
+
+
+def verdict(plan: Any, results: Results, majority: float | None = None) -> str:
+    """One sentence that claims no more than was measured. `majority`: the accuracy of always guessing one class."""
     names = [objective.name for objective in plan.defenses]
     seeds = len(results)
     close = "" if seeds >= 3 else f" {seeds} seed{'s' if seeds > 1 else ''}: preliminary."
@@ -135,7 +142,15 @@ def verdict(plan: Any, results: Results) -> str:
         parts = [f"{name} CA {_mean(results, name, 'ca'):.3f}" for name in names or ["undefended"]]
         return f"{'; '.join(parts)}. No attack was simulated, so nothing is known about attack success.{close}"
     floor, attacked = _mean(results, "clean_reference", "asr"), _mean(results, "undefended", "asr")
-    if attacked < floor + NOTABLE:
+    if (
+        majority is not None
+        and min(_mean(results, a, "ca") for a in ("clean_reference", "undefended")) < majority + NOTABLE
+    ):
+        return (
+            f"The model did not learn the task (CA {_mean(results, 'undefended', 'ca'):.2f}, always guessing one class "
+            f"{majority:.2f}), so this run says nothing about any attack or defense.{close}"
+        )
+    if not attack_took(results):
         return (
             f"The attack did not take (undefended ASR {attacked:.2f}, clean floor {floor:.2f}), so this run says nothing "
             f"about any defense.{close}"
@@ -151,6 +166,8 @@ def verdict(plan: Any, results: Results) -> str:
             what = "lowered it without reaching the floor"
         else:
             what = "did not lower it"
+        if majority is not None and _mean(results, name, "ca") < majority + NOTABLE:
+            what = "destroyed the model"
         cost = f"costs {drop:.3f} CA" if drop > 0 else "costs no CA"
         parts.append(f"{name} {what} (ASR {asr:.2f}) and {cost}")
     return (
@@ -230,6 +247,12 @@ def _brief(result: dict[str, Any]) -> dict[str, Any]:
         for name, account in result["objectives"].items()
     }
     return {**result, "objectives": objectives}
+
+
+def _last_account(name: str, arms: dict[str, dict[str, Any]], between: Between) -> dict[str, Any]:
+    """What a method said of itself in the last training that hosted it."""
+    trainings = [arms[name], *reversed(between.get(name, [])), arms.get("undefended", {})]
+    return next((t["objectives"][name] for t in trainings if name in t.get("objectives", {})), {})
 
 
 def rankings(arms: dict[str, dict[str, Any]], between: Between) -> dict[str, dict[str, Any]]:

@@ -167,10 +167,16 @@ def render_terminal(records: Iterable[Record], *, planted: int | None = None) ->
     if planted is not None:
         lines.append(f"poisoned rows planted: {planted}")
         for row in rows:
+            words = {
+                "precision": "precision at n (of its {n} most suspicious rows)",
+                "recall": "share of them it dropped",
+            }
             found = [
-                f"{m} {format_estimate(row.estimates[m], m)}" for m in ("precision", "recall") if m in row.estimates
+                f"{text.format(n=planted)} {format_estimate(row.estimates[m], m)}"
+                for m, text in words.items()
+                if m in row.estimates
             ]
-            lines += [f"  rows dropped by {row.arm}: {', '.join(found)}"] if found else []
+            lines += [f"  {row.arm}: {'; '.join(found)}"] if found else []
     return "\n".join(lines)
 
 

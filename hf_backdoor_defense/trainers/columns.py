@@ -5,12 +5,14 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 
 from hf_backdoor_defense.functional.cross_entropy import IGNORE_INDEX
 
 ROW_ID = "row_id"
 IS_POISONED = "is_poisoned"
+BOOKKEEPING = (IS_POISONED, "original_label")  # what a simulated attack leaves beside the rows, for reports only
 
 
 class ColumnCollator:
@@ -39,7 +41,7 @@ class ColumnCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if not isinstance(rows[0], dict):
             return self.inner(rows)
-        hidden = (ROW_ID, IS_POISONED)
+        hidden = (ROW_ID, *BOOKKEEPING)
         seen = [{k: v for k, v in r.items() if k not in hidden and (not self.keep or k in self.keep)} for r in rows]
         batch = self.inner(seen)
         if self.causal and isinstance(batch.get("labels"), torch.Tensor) and batch["labels"].ndim == 2:
@@ -52,11 +54,16 @@ class ColumnCollator:
 
 def model_columns(model: nn.Module, label_names: Collection[str]) -> set[str]:
     """The columns a model's forward reads, and its labels under the names that collators know."""
-    return {*inspect.signature(model.forward).parameters, *label_names, "label", "label_ids", "labels"}
+    # The class's: an instance may carry a wrapper that takes anything.
+    return {*inspect.signature(type(model).forward).parameters, *label_names, "label", "label_ids", "labels"}
 
 
 def with_row_ids(dataset: Any) -> Any:
-    """The data set with a `row_id` per row: its own, or its position where it has none (map-style data sets only)."""
-    if ROW_ID in (getattr(dataset, "column_names", None) or [ROW_ID]) or not hasattr(dataset, "add_column"):
+    """The data set as objectives may see it: a `row_id` per row (its position where it has none), no bookkeeping columns.
+
+    Only a datasets.Dataset is changed; other kinds are returned as they are.
+    """
+    if not isinstance(dataset, Dataset):
         return dataset
-    return dataset.add_column(ROW_ID, list(range(len(dataset)))) if hasattr(dataset, "__len__") else dataset
+    dataset = dataset.remove_columns([name for name in BOOKKEEPING if name in dataset.column_names])
+    return dataset if ROW_ID in dataset.column_names else dataset.add_column(ROW_ID, list(range(len(dataset))))

@@ -53,7 +53,7 @@ def refusals(trainer: Any) -> list[str]:
     if trainer.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and trainer.args.n_gpu > 1:
         reasons.append(
             f"{trainer.args.n_gpu} GPUs in one process (nn.DataParallel): its replicas lose what an objective records. "
-            "Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            "Set CUDA_VISIBLE_DEVICES to one GPU, or start a script of your own with `accelerate launch`."
         )
     if kind not in HOSTED:
         reasons.append(

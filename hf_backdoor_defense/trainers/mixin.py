@@ -16,11 +16,15 @@ Only public methods are overridden: `train`, `compute_loss`, `log`, `save_model`
 """
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_backdoor_defense.functional.cross_entropy import cross_entropy, shift_labels
@@ -36,6 +40,8 @@ from hf_backdoor_defense.trainers.heads import (
     refusals,
 )
 from hf_backdoor_defense.trainers.state import load_states, require_safetensors, save_objectives
+
+logger = logging.getLogger(__name__)
 
 # At run time the mixin stands before a Trainer class (hosts.py); for the type checker it is one.
 _Base: Any = object
@@ -57,6 +63,7 @@ class DefenseMixin(_Base):
     # Trainer's own, named for the type checker.
     args: Any
     data_collator: Any
+    train_dataset: Any
     optimizer: Any
     lr_scheduler: Any
 
@@ -75,16 +82,11 @@ class DefenseMixin(_Base):
                 "Remove it, or write the loss as an Objective (`loss(step)`)."
             )
         self.objectives: list[Objective] = objectives
-        self.aux_datasets = dict(aux_datasets or {})
+        self.aux_datasets = {role: with_row_ids(rows) for role, rows in (aux_datasets or {}).items()}
         self._terms: dict[str, tuple[Tensor, int]] = {}
         self._has_trained = False
         self._projection_checked = False
-        if kwargs.get("train_dataset") is not None:
-            kwargs["train_dataset"] = with_row_ids(kwargs["train_dataset"])
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), *objectives]
         super().__init__(*args, **kwargs)
-        for objective in objectives:
-            objective._hosted = True  # type: ignore[attr-defined]
         if self.args.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor` is {self.args.label_smoothing_factor}: a defended trainer computes the loss "
@@ -96,6 +98,10 @@ class DefenseMixin(_Base):
         keep = model_columns(base_model(self.model), self.label_names) if self.args.remove_unused_columns else None
         self.args = copy.copy(self.args)
         self.args.remove_unused_columns = False
+        self.train_dataset = with_row_ids(self.train_dataset)
+        for objective in objectives:
+            self.add_callback(objective)
+            objective._hosted = True  # type: ignore[attr-defined]
         self.data_collator = ColumnCollator(self.data_collator, keep, causal=is_causal(base_model(self.model)))
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -107,7 +113,7 @@ class DefenseMixin(_Base):
     ) -> Any:
         """As `Trainer.train`, after every objective was checked and prepared. Raises ValueError with all reasons."""
         checkpoint = self._checkpoint(resume_from_checkpoint)
-        reasons = refusals(self) + [f"{o.name}: {r}" for o in self.objectives for r in o.check(self)]
+        reasons = self.reasons()
         if reasons:
             raise ValueError("This training cannot be defended:\n" + "\n".join(f"- {reason}" for reason in reasons))
         if self._has_trained and not self._user_optimizer:
@@ -118,6 +124,10 @@ class DefenseMixin(_Base):
         for objective in self.objectives:
             objective.prepare(self, checkpoint=checkpoint)
         return super().train(resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+
+    def reasons(self) -> list[str]:
+        """Every reason why `train` would refuse: the host's and the objectives' own. Changes nothing."""
+        return refusals(self) + [f"{o.name}: {reason}" for o in self.objectives for reason in o.check(self)]
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.hyperparameter_search`; refused where an objective prepares the model once."""
@@ -227,6 +237,13 @@ class DefenseMixin(_Base):
                 "resume. Start without it, or name the folder of a checkpoint."
             )
         require_safetensors(checkpoint)
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if self.args.train_sampling_strategy == "group_by_length" and (state.epoch or 0.0) % 1 > 1e-6:
+            logger.warning(
+                "%s lies inside an epoch, and group_by_length does not repeat the order of rows: the rest of this epoch may see "
+                "rows twice. Checkpoints at the end of an epoch (save_strategy=epoch) continue exactly.",
+                checkpoint,
+            )
         return checkpoint
 
     # -- reporting and saving -----------------------------------------------------------------------------------------

@@ -79,7 +79,8 @@ def require_safetensors(checkpoint: str | Path) -> None:
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ValueError(f"`{checkpoint}` is not a folder: there is no checkpoint to resume. Check the path.")
-    if not any(folder.glob("*.safetensors")):
+    weights = [path for path in folder.glob("*.safetensors") if path.name != TENSORS_NAME]
+    if not weights:
         found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights"
         raise ValueError(
             f"`{checkpoint}` has no safetensors weights (found: {found}): other formats can run code while loading and "

@@ -128,6 +128,14 @@ def test_presets_and_refusals():
         DeCE.from_dict({"alpha_bas": 0.9})
 
 
+def test_a_schedule_that_ends_by_ignoring_everything_is_warned_of(tmp_path, caplog):
+    host(tmp_path, DeCE(alpha_base=0.8), num_train_epochs=4).reasons()  # tau >= 1 from epoch 4 on at base 0.8
+    assert "less than half of their pull" in caplog.text
+    caplog.clear()
+    host(tmp_path, DeCE(alpha_base=0.8), num_train_epochs=3).reasons()
+    assert not caplog.text
+
+
 def test_smoothing_beyond_the_classes_is_refused_on_the_host(tmp_path):
     with pytest.raises(ValueError, match="below 0.667 for 3 classes"):
         host(tmp_path, DeCE(label_smoothing=0.7)).train()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from hf_backdoor_defense.defenses.trajectory import TrajectoryFilter, class_mean_logits, label_log_odds
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
@@ -178,9 +179,25 @@ def test_what_it_refuses_and_a_neighbor_that_passes(tmp_path):
     with pytest.raises(ValueError, match=r"before the end of training \(2 epochs\)"):
         host(tmp_path, TrajectoryFilter(fractions=[2.0])).train()
     host(tmp_path, TrajectoryFilter(fractions=[1.5])).train()
+    with pytest.raises(ValueError, match=r"before the end of training \(1.33"):
+        host(tmp_path, TrajectoryFilter(fractions=[1.5]), max_steps=4).train()  # three steps an epoch
+    host(tmp_path, TrajectoryFilter(fractions=[1.0]), max_steps=4).train()
     for bad in ({"fractions": []}, {"temperature": 0.0}, {"class_cap": 1.0}, {"batch_size": 0}, {"first_share": 1.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             TrajectoryFilter(**bad)
+
+
+def test_a_training_stopped_before_the_early_snapshot_ranks_nothing_and_says_so(tmp_path):
+    defense = TrajectoryFilter(fractions=[1.5])
+    trainer = host(tmp_path, defense)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert defense.ranking() is None and "before the first early snapshot" in defense.inert()
 
 
 def test_dropping_nothing_is_inert(tmp_path):

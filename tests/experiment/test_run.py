@@ -126,7 +126,23 @@ def test_gates_and_inert_defenses_exit_1(hfbd):
     assert code == 1
     assert "INERT: dece" in out and "GATE: dece leaves ASR" in out
     failures = json.loads((hfbd.folder / "results.json").read_text())["failures"]
-    assert len(failures) == 2
+    assert len(failures) >= 2
+
+
+def test_an_attack_that_did_not_take_is_no_evidence(hfbd):
+    weak = ["--simulate", "badnets", "--poison_rate", "0.005", "--target", "1", "--defense", "dece"]
+    code, out, _ = hfbd(*weak, "--max_asr_over_floor", 0.5)
+    assert code == 1 and "GATE: the attack did not take" in out and "says nothing about any defense" in out
+
+
+def test_a_model_that_learned_nothing_is_no_evidence(hfbd):
+    code, out, _ = hfbd(*ATTACK, "--defense", "dece", "--learning_rate", "1e-7")
+    assert code == 0 and "did not learn the task" in out
+
+
+def test_a_filter_that_drops_nothing_is_inert_although_its_first_ranking_did(hfbd):
+    code, out, _ = hfbd(*ATTACK, "--defense", "trajectory", "--defense.drop_share", 0)
+    assert code == 1 and "INERT: trajectory" in out and "drop_share=0" in out
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(hfbd):
@@ -179,6 +195,14 @@ WRONG = {
     "missing file": (["--task", "nowhere.csv"], "nowhere.csv"),
     "model that is not there": (["--model_name", "nobody/nothing"], "offline:minilm"),
     "unknown preset": (["--preset", "ofline"], "no preset"),
+    "publishing": (["--push_to_hub", "true"], "publishes none"),
+    "evaluation of its own": (["--eval_strategy", "epoch"], "picks no checkpoint"),
+    "seed instead of seeds": (["--seed", "7"], "--seeds 7"),
+    "smoothing beyond the classes": (["--defense", "dece", "--defense.label_smoothing", "0.7"], "below 0.667"),
+    "snapshot after the end": (
+        ["--defense", "trajectory", "--defense.fractions", "[5.0]"],
+        "before the end of training",
+    ),
     "column that is not there": (["--text_column", "txt"], "text"),
 }
 

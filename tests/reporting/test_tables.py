@@ -160,7 +160,7 @@ def test_planted_rows_are_told_with_what_was_found() -> None:
     ]
     assert render_terminal(records, planted=60).splitlines()[-2:] == [
         "poisoned rows planted: 60",
-        "  rows dropped by trajectory: precision 0.40, recall 1.00",
+        "  trajectory: precision at n (of its 60 most suspicious rows) 0.40; share of them it dropped 1.00",
     ]
     assert "planted" not in render_terminal(records)
     assert "planted: 0" in render_terminal(records, planted=0)

@@ -132,6 +132,24 @@ def test_is_poisoned_reaches_neither_model_nor_objective(tmp_path):
     assert set(recorder.steps[0].inputs) == {"input_ids", "attention_mask"}
 
 
+def test_a_defense_cannot_see_which_rows_were_poisoned(tmp_path):
+    rows = classification_rows(8).add_column("is_poisoned", [True] * 8).add_column("original_label", [0] * 8)
+    recorder = Recorder()
+    # Every column is kept for the model here, positionally given; the bookkeeping of an attack is not.
+    trainer = DefendedTrainer(
+        bert(),
+        arguments(tmp_path, remove_unused_columns=False),
+        PadCollator(),
+        rows,
+        defense=recorder,
+        aux_datasets={"rows": rows},
+    )
+    trainer.train()
+    for seen in (trainer.train_dataset, trainer.aux_datasets["rows"]):
+        assert set(seen.column_names) == {"input_ids", "attention_mask", "label", "row_id"}
+    assert sorted(recorder.steps[0].row_ids.tolist()) == list(range(1000, 1008))
+
+
 def test_rows_without_ids_get_their_position(tmp_path):
     recorder = Recorder()
     make(tmp_path, bert(), classification_rows(8).remove_columns("row_id"), recorder).train()

@@ -65,6 +65,7 @@ def test_resume_without_checkpoint_or_without_safetensors_is_refused(tmp_path):
     bad = tmp_path / "checkpoint-1"
     bad.mkdir()
     (bad / "pytorch_model.bin").write_bytes(b"pickle")
+    save_objectives([DeCE()], bad)  # our own safetensors file is no weights
     with pytest.raises(ValueError, match=r"no safetensors weights \(found: pytorch_model.bin\)"):
         make(tmp_path, DeCE()).train(resume_from_checkpoint=str(bad))
 
@@ -100,6 +101,16 @@ def test_resume_in_a_new_process_inside_an_epoch_continues_exactly(tmp_path):
             if key == "seconds":  # wall time of each process's own passes
                 continue
             assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+
+
+def test_resume_inside_an_epoch_with_grouped_lengths_warns_that_it_is_not_exact(tmp_path, caplog):
+    grouped = {"train_sampling_strategy": "group_by_length", "save_strategy": "steps", "save_steps": 1}
+    make(tmp_path, None, **grouped).train()
+    make(tmp_path, None, **grouped).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert "does not repeat the order of rows" in caplog.text
+    caplog.clear()
+    make(tmp_path, None, **grouped).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert "does not repeat" not in caplog.text
 
 
 def test_resume_calls_load_before_prepare_with_the_path(tmp_path):
