@@ -15,8 +15,8 @@ confident rows of all. A clean row is plausible from the start, or stays hard. N
 The first ranking is coarse, so it drops more than it should; a model trained on the rest has hardly learned the trigger and
 tells flipped labels from hard ones. Its second ranking drops `drop_share`, and clean rows of the first come back.
 
-Fraction 0 is the default because it does not depend on when the trigger is learned: within one epoch an inserted sentence is,
-and a snapshot of the training run comes too late (docs/log.md has the comparison). Class means, not a fitted classifier: a
+Fraction 0 is the default because it does not depend on when the trigger is learned: inside a training there is one good moment,
+and before and after it a snapshot finds next to nothing (docs/log.md has the comparison). Class means, not a fitted classifier: a
 few per cent of poisoned rows hardly move a mean, and a classifier would learn the trigger.
 
 Source: our own; related to dataset cartography (training dynamics per row) and ABL (isolating rows that are learned

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from tests.trainers.toys import PadCollator, arguments, bert, classification_rows
 
 from hf_backdoor_defense.evaluation.callback import BackdoorEvalCallback, curve
 from hf_backdoor_defense.evaluation.evaluator import evaluate_backdoor
 from hf_backdoor_defense.models import pooled_features, predict_logits
 from hf_backdoor_defense.trainers.columns import ColumnCollator
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
+from tests.trainers.toys import PadCollator, arguments, bert, classification_rows
 
 COLLATE = ColumnCollator(PadCollator(), keep={"input_ids", "attention_mask", "label"})
 
