@@ -198,6 +198,9 @@ def pooled_features(
     def pooled(inputs: dict[str, Any]) -> Tensor:
         hidden = model(**inputs, output_hidden_states=True)["hidden_states"][-1]  # [batch, time, d]
         mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device)).unsqueeze(-1)
+        hidden = hidden[
+            :, hidden.shape[1] - mask.shape[1] :
+        ]  # a prompt's virtual tokens (peft) stand first and have no mask
         return (hidden * mask).sum(1) / mask.sum(1)
 
     return _pass(model, pooled, dataset, collate, indices, batch_size, progress)
@@ -258,7 +261,7 @@ def _guarded(name: str, load: Any) -> Any:
         return load()
     except (OSError, ValueError) as error:
         text = str(error)
-        if Path(name).exists() and "safetensors" in text:
+        if "model.safetensors" in text and (Path(name).exists() or "not appear to have a file" in text):
             raise ValueError(
                 f"`{name}` has no safetensors weights: other formats can run code while loading and are not read here. "
                 "Convert it with a tool you trust, in a sandbox, and save it with save_pretrained()."

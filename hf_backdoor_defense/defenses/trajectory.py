@@ -113,6 +113,12 @@ class TrajectoryFilter(Objective):
             reasons.append(
                 "the rows must be a map-style datasets.Dataset with a `label` column: they are read several times."
             )
+        elif not all(isinstance(row_id, int) for row_id in rows["row_id"]):
+            reasons.append("`row_id` must hold integers: they travel with the batches as a tensor. Number the rows.")
+        elif not reasons and min(rows["label" if "label" in names else "labels"]) < 0:
+            reasons.append(
+                "the labels hold negative numbers: a row without a class cannot be ranked. Leave these rows out."
+            )
         elif len(set(rows["row_id"])) < len(rows):
             reasons.append("`row_id` holds a number twice: rows could not be told apart. Number them anew.")
         last = _epochs(trainer.args, len(rows)) if hasattr(rows, "__len__") else float("inf")

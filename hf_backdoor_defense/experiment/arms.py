@@ -166,6 +166,7 @@ def train_arm(
     }
     if keep_model is not None:
         trainer.save_model(str(keep_model))
+        (keep_model / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing that may be shared holds one
         if data.poisoned is not None and not clean:
             mark_backdoored(keep_model, attack_record(data.poisoned))
     save_objectives(objectives, folder)

@@ -27,7 +27,8 @@ def host(folder, defense, rows=None, model=None, aux=None, **args):
 def naive_log_odds(model, rows):
     """Row by row, in probabilities, float64: the definition."""
     out = []
-    model.eval()
+    if hasattr(model, "eval"):
+        model.eval()
     for row in rows:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double().numpy()
@@ -176,6 +177,12 @@ def test_what_it_refuses_and_a_neighbor_that_passes(tmp_path):
     double = classification_rows(8).remove_columns("row_id").add_column("row_id", [1] * 8)
     with pytest.raises(ValueError, match="number twice"):
         host(tmp_path, TrajectoryFilter(), double).train()
+    words = classification_rows(8).remove_columns("row_id").add_column("row_id", [f"r{i}" for i in range(8)])
+    with pytest.raises(ValueError, match="must hold integers"):
+        host(tmp_path, TrajectoryFilter(), words).train()
+    ignored = classification_rows(8).remove_columns("label").add_column("label", [-100] + [0] * 7)
+    with pytest.raises(ValueError, match="negative"):
+        host(tmp_path, TrajectoryFilter(), ignored).train()
     with pytest.raises(ValueError, match=r"before the end of training \(2 epochs\)"):
         host(tmp_path, TrajectoryFilter(fractions=[2.0])).train()
     host(tmp_path, TrajectoryFilter(fractions=[1.5])).train()
@@ -185,6 +192,27 @@ def test_what_it_refuses_and_a_neighbor_that_passes(tmp_path):
     for bad in ({"fractions": []}, {"temperature": 0.0}, {"class_cap": 1.0}, {"batch_size": 0}, {"first_share": 1.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             TrajectoryFilter(**bad)
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_peft_models_are_ranked_too(tmp_path, kind):
+    import peft
+
+    configs = {
+        "lora": peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]),
+        "prompt": peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3),
+    }
+    model = peft.get_peft_model(bert(), configs[kind])
+    defense = TrajectoryFilter()
+    trainer = host(tmp_path, defense, model=model)
+    trainer.train()
+    model.eval()
+    expected = naive_log_odds(
+        lambda **kw: model(attention_mask=torch.ones_like(kw["input_ids"]), **kw), trainer.train_dataset
+    )
+    ranking = defense.ranking()
+    got = dict(zip(ranking.row_ids.tolist(), ranking.columns["log_odds_end"].tolist(), strict=True))
+    assert [got[i] for i in trainer.train_dataset["row_id"]] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_a_training_stopped_before_the_early_snapshot_ranks_nothing_and_says_so(tmp_path):

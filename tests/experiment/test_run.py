@@ -104,6 +104,7 @@ def test_without_an_attack_it_trains_and_saves_the_defended_model(hfbd, encoder,
     code, out, err = hfbd("--defense", "dece")
     assert code == 0, err
     model = hfbd.folder / "models" / "seed-0" / "dece"
+    assert not list(model.rglob("*.bin")) and not list(model.rglob("*.pt"))  # what may be shared holds no pickle
     assert (model / "model.safetensors").is_file() and not (model / "backdoored.json").exists()
     from hf_backdoor_defense import DeCE
 
