@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.grid import RESULTS
+from hf_backdoor_defense.reporting.plots import plot_ca_asr
 from hf_backdoor_defense.reporting.results import Record, read_records, write_bytes
 from hf_backdoor_defense.reporting.tables import render_markdown, replace_block
 
@@ -53,6 +54,8 @@ def main(check: bool) -> int:
             stale.append(f"{name}: {block}")
             if not check:
                 write_bytes(path, rendered.encode())
+    if not check:
+        plot_ca_asr(of_setting(read_records(RESULTS / "trajectory.jsonl"), "demo"), ROOT / "docs" / "trajectory.png")
     for entry in stale:
         print(f"{'stale' if check else 'rendered'}: {entry}")
     return 1 if check and stale else 0
