@@ -15,7 +15,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
 from hf_backdoor_defense.experiment.arguments import PRESETS, RunArguments, build_defenses, defaults
-from hf_backdoor_defense.experiment.run import execute, resolve
+from hf_backdoor_defense.experiment.plan import resolve
+from hf_backdoor_defense.experiment.run import execute
 from hf_backdoor_defense.reporting.results import append_records, read_records
 
 RESULTS = Path(__file__).parent / "results"

@@ -9,7 +9,8 @@ def train(argv: list[str]) -> int:
 
     from hf_backdoor_defense.cli.options import parse
     from hf_backdoor_defense.experiment.arguments import PRESETS, RunArguments, build_defenses, defaults
-    from hf_backdoor_defense.experiment.run import execute, resolve
+    from hf_backdoor_defense.experiment.plan import resolve
+    from hf_backdoor_defense.experiment.run import execute
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -6,7 +6,7 @@ Names are loaded on first use, so that importing the package stays cheap.
 import importlib
 from typing import Any
 
-_NAMES = {"load": "sources", "describe": "sources", "baselines": "sources"}
+_NAMES = {"load": "sources", "describe": "summary", "baselines": "summary"}
 
 
 def __getattr__(name: str) -> Any:

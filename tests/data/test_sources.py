@@ -14,7 +14,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hf_backdoor_defense import data
 from hf_backdoor_defense.data import sources
-from hf_backdoor_defense.data.sources import baselines, describe, load
+from hf_backdoor_defense.data.sources import load
+from hf_backdoor_defense.data.summary import baselines, describe
 
 SST2 = Path(__file__).resolve().parents[3] / "shared" / "data" / "sst2"
 SPLITS = ["train", "validation", "test"]
