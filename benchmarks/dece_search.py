@@ -1,9 +1,9 @@
 """Where does DeCE lower attack success in classification? Every setting tried, on validation rows and seeds of its own.
 
 A regime is a task with an attack and a way of training; in each, every setting of `SETTINGS` is trained beside its controls: the
-clean reference (the floor), the undefended model, and matched decay (plain cross-entropy with DeCE's mean pull per epoch as a
-factor on the learning rate). Test rows are never read. `--shard i/n` runs every n-th cell, for several processes or machines;
-a shard that runs beside others appends to a file of its own (`--output`).
+clean reference (the floor), the undefended model and, where DeCE lowers ASR, matched decay (plain cross-entropy with DeCE's mean
+pull per epoch as a factor on the learning rate). Test rows are never read. `--shard i/n` runs every n-th cell, for several
+processes or machines; a shard that runs beside others appends to a file of its own (`--output`).
 """
 
 import argparse
@@ -26,6 +26,7 @@ from hf_backdoor_defense.reporting.results import Record, append_records, enviro
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 MANY = Path("runs") / "tasks" / "many-topics"
 SEEDS = (100, 101)
+WORTH_A_CONTROL = 0.05  # where DeCE lowers ASR by less there is no gain that an early stop could explain
 
 # Three layers of MiniLM with frozen embeddings, batch 32, linear decay after 6 % warm-up, as the benchmark trains.
 SHAPE: dict[str, Any] = {"num_layers": 3, "frozen_layers": 0, "max_length": 48, "num_train_epochs": 4, "limit": 3000}
@@ -37,7 +38,6 @@ REGIMES: dict[str, dict[str, Any]] = {
     "SST-2, 5 %": {**SST2, "poison_rate": 0.05},
     "SST-2, 1 %": {**SST2, "poison_rate": 0.01},
     "SST-2, 2 %, rate 5e-5, 8 epochs": {**SST2, "poison_rate": 0.02, "learning_rate": 5e-5, "num_train_epochs": 8},
-    "SST-2, 2 %, InSent": {**SST2, "poison_rate": 0.02, "simulate": "insent"},
     "AG News, 2 %": {**AG_NEWS, "poison_rate": 0.02},
     "AG News, 1 %": {**AG_NEWS, "poison_rate": 0.01},
     "many topics, 2 %": {**MANY_TOPICS, "poison_rate": 0.02},
@@ -46,17 +46,13 @@ REGIMES: dict[str, dict[str, Any]] = {
 }
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"alpha_base": 0.9},
     {"alpha_base": 0.8},
     {"alpha_base": 0.6},
-    {"alpha_base": 0.4},
     {"alpha_base": 0.8, "warmup_epochs": 1},
     {"alpha_base": 0.6, "warmup_epochs": 1},
+    {"alpha_base": 0.9},
+    {"alpha_base": 0.7},
     {"alpha_base": 0.4, "warmup_epochs": 1},
-    {"alpha_base": 0.2, "warmup_epochs": 1},
-    {"alpha_base": 0.6, "warmup_epochs": 2},
-    {"alpha_base": 0.6, "warmup_epochs": 1, "schedule": "fractional"},
-    {"alpha_base": 0.6, "warmup_epochs": 1, "label_smoothing": 0.0},
 ]
 
 
@@ -72,6 +68,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "dece_search.jsonl")
     parser.add_argument("--only", choices=list(REGIMES), help="one regime")
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="only the first so many settings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     args = parser.parse_args()
     index, count = (int(part) for part in args.shard.split("/"))
     logging.set_verbosity_error()
@@ -79,7 +76,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     if not (MANY / "test.jsonl").is_file():
         write_task(MANY)
-    cells = [(regime, seed) for seed in SEEDS for regime in REGIMES if args.only in (None, regime)]
+    cells = [(regime, seed) for seed in args.seeds for regime in REGIMES if args.only in (None, regime)]
     for regime, seed in cells[index - 1 :: count]:
         if not Path(REGIMES[regime]["task"]).exists():
             print(f"{regime}: skipped, its data is not here (it is not part of the package)")
@@ -106,14 +103,20 @@ def search(regime: str, seed: int, path: Path, settings: list[dict[str, Any]]) -
     if regime not in done:
         clean, _ = measure("clean_reference", regime, clean=True)
         append_records(path, clean + measure("undefended", regime)[0])
+    undefended = [r for r in read_records(path) if (r.setting, r.seed, r.defense) == (regime, seed, "undefended")]
     for fields in settings:
         setting = f"{regime}; {describe(fields)}"
         if setting in done:
             continue
         records, (objective,) = measure("dece", setting, objectives=[DeCE(**fields)])
-        pull = [max(value, 1e-6) for value in objective.pull_per_epoch()]
-        control, _ = measure("matched_decay", setting, objectives=[MatchedDecay(pull=pull)])
-        append_records(path, records + control)
+        if _value(records, "asr") < _value(undefended, "asr") - WORTH_A_CONTROL:
+            pull = [max(value, 1e-6) for value in objective.pull_per_epoch()]
+            records += measure("matched_decay", setting, objectives=[MatchedDecay(pull=pull)])[0]
+        append_records(path, records)
+
+
+def _value(records: list[Record], metric: str) -> float:
+    return next(record.value for record in records if record.metric == metric)
 
 
 def _records(result: dict[str, Any], data: SeedData, plan: Any, defense: str, setting: str, seed: int) -> list[Record]:
