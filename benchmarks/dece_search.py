@@ -44,6 +44,14 @@ REGIMES: dict[str, dict[str, Any]] = {
     "many topics, 1 %": {**MANY_TOPICS, "poison_rate": 0.01},
     "many topics, 2 %, all layers": {**MANY_TOPICS, "poison_rate": 0.02, "num_layers": None, "frozen_layers": 2},
 }
+# The second round: what the first one pointed to, an attack that is learned after the first epoch, in which DeCE still waits.
+LATE: dict[str, dict[str, Any]] = {
+    "SST-2, 2 %, rate 5e-4": {**SST2, "poison_rate": 0.02, "learning_rate": 5e-4},
+    "SST-2, 5 %": REGIMES["SST-2, 5 %"],
+    "AG News, 5 %": {**AG_NEWS, "poison_rate": 0.05},
+    "SST-2, 2 %, rate 3e-4": {**SST2, "poison_rate": 0.02, "learning_rate": 3e-4},
+    "SST-2, 2 %, rate 1e-3": {**SST2, "poison_rate": 0.02, "learning_rate": 1e-3},
+}
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"alpha_base": 0.8},
@@ -54,6 +62,17 @@ SETTINGS: list[dict[str, Any]] = [
     {"alpha_base": 0.7},
     {"alpha_base": 0.4, "warmup_epochs": 1},
 ]
+LATE_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"alpha_base": 0.4, "warmup_epochs": 1},
+    {"alpha_base": 0.2, "warmup_epochs": 1},
+    {"alpha_base": 0.3, "warmup_epochs": 1},
+    {"alpha_base": 0.1, "warmup_epochs": 1},
+    {"alpha_base": 0.5, "warmup_epochs": 1},
+    {"alpha_base": 0.3, "warmup_epochs": 1, "label_smoothing": 0.0},
+    {"alpha_base": 0.4, "warmup_epochs": 1, "schedule": "fractional"},
+]
+TOOK = 0.9  # in the second round, an undefended ASR below this leaves nothing to defend against
 
 
 def describe(fields: dict[str, Any]) -> str:
@@ -66,9 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.dece_search", description=__doc__)
     parser.add_argument("--shard", default="1/1", help="i/n: every n-th regime and seed, from the i-th on")
     parser.add_argument("--output", type=Path, default=RESULTS / "dece_search.jsonl")
-    parser.add_argument("--only", choices=list(REGIMES), help="one regime")
-    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="only the first so many settings")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--round", type=int, choices=(1, 2), nargs="+", default=[1, 2])
     args = parser.parse_args()
     index, count = (int(part) for part in args.shard.split("/"))
     logging.set_verbosity_error()
@@ -76,19 +94,23 @@ def main() -> None:
     datasets.disable_progress_bars()
     if not (MANY / "test.jsonl").is_file():
         write_task(MANY)
-    cells = [(regime, seed) for seed in args.seeds for regime in REGIMES if args.only in (None, regime)]
-    for regime, seed in cells[index - 1 :: count]:
-        if not Path(REGIMES[regime]["task"]).exists():
+    rounds = {1: (REGIMES, SETTINGS, 0.0), 2: (LATE, LATE_SETTINGS, TOOK)}
+    cells = [(n, regime, seed) for n in args.round for seed in args.seeds for regime in rounds[n][0]]
+    for n, regime, seed in cells[index - 1 :: count]:
+        regimes, settings, least = rounds[n]
+        if not Path(regimes[regime]["task"]).exists():
             print(f"{regime}: skipped, its data is not here (it is not part of the package)")
             continue
-        search(regime, seed, args.output, SETTINGS[: args.settings])
+        search(regime, regimes[regime], settings, seed, args.output, least_asr=least)
 
 
-def search(regime: str, seed: int, path: Path, settings: list[dict[str, Any]]) -> None:
-    """One regime with one seed: the controls once, then each setting with its matched decay."""
+def search(
+    regime: str, how: dict[str, Any], settings: list[dict[str, Any]], seed: int, path: Path, *, least_asr: float
+) -> None:
+    """One regime with one seed: the controls once, then each setting, with its matched decay where ASR fell."""
     done = {r.setting for r in read_records(path) if r.seed == seed} if path.exists() else set()
     folder = Path("runs") / "dece-search" / regime.replace(" ", "-").replace(",", "") / str(seed)
-    options = {**REGIMES[regime], "eval_split": "validation", "disable_tqdm": True, "save_strategy": "no"}
+    options = {**how, "eval_split": "validation", "disable_tqdm": True, "save_strategy": "no"}
     plan = plan_of(Cell(regime, {"simulate": "badnets", **options}, defense=()), seed, folder)
     data = seed_data(plan, seed)
 
@@ -104,6 +126,9 @@ def search(regime: str, seed: int, path: Path, settings: list[dict[str, Any]]) -
         clean, _ = measure("clean_reference", regime, clean=True)
         append_records(path, clean + measure("undefended", regime)[0])
     undefended = [r for r in read_records(path) if (r.setting, r.seed, r.defense) == (regime, seed, "undefended")]
+    if _value(undefended, "asr") < least_asr:
+        print(f"{regime}, seed {seed}: the attack did not take")
+        return
     for fields in settings:
         setting = f"{regime}; {describe(fields)}"
         if setting in done:

@@ -1,6 +1,7 @@
 """Cells x seeds of `hfbd train`, written to results/NAME.jsonl as they come.
 
-What is there is skipped; what was stopped goes on.
+What is there is skipped; what was stopped goes on. `--shard i/n` runs every n-th cell and seed, for several processes or
+machines: each appends to a file of its own (`--output`), and the files put together are the single run's.
 """
 
 import argparse
@@ -38,28 +39,30 @@ def run_grid(name: str, cells: list[Cell], seeds: tuple[int, ...]) -> None:
     parser = argparse.ArgumentParser(prog=f"benchmarks.{name}")
     parser.add_argument("--only", choices=[cell.setting for cell in cells], help="run one cell")
     parser.add_argument("--extended", action="store_true", help="run the extended cells too")
+    parser.add_argument("--shard", default="1/1", help="i/n: every n-th cell and seed, from the i-th on")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.jsonl", help="where the records go")
     args = parser.parse_args()
+    index, count = (int(part) for part in args.shard.split("/"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    path = RESULTS / f"{name}.jsonl"
-    for cell in cells:
-        if args.only != cell.setting if args.only else cell.extended and not args.extended:
-            continue
+    path = args.output
+    chosen = [c for c in cells if (args.only == c.setting if args.only else args.extended or not c.extended)]
+    # Seeds outside: a stopped grid has every cell once before any twice.
+    for cell, seed in [(cell, seed) for seed in seeds for cell in chosen][index - 1 :: count]:
         if cell.needs is not None and not cell.needs.exists():
             print(f"{cell.setting}: skipped, its data is not here (it is not part of the package)")
             continue
-        for seed in seeds:
-            done = {(r.setting, r.seed) for r in read_records(path)} if path.exists() else set()
-            if (cell.setting, seed) in done:
-                print(f"{cell.setting}, seed {seed}: there already")
-                continue
-            folder = Path("runs") / f"bench-{name}" / cell.setting / str(seed)
-            outcome = execute(plan_of(cell, seed, folder))
-            print(f"{outcome.table}\n{outcome.verdict}\n", flush=True)
-            records = [dataclasses.replace(r, benchmark=name, setting=cell.setting) for r in outcome.records]
-            append_records(path, records)
-            shutil.rmtree(folder / "arms", ignore_errors=True)
+        done = {(r.setting, r.seed) for r in read_records(path)} if path.exists() else set()
+        if (cell.setting, seed) in done:
+            print(f"{cell.setting}, seed {seed}: there already")
+            continue
+        folder = Path("runs") / f"bench-{name}" / cell.setting / str(seed)
+        outcome = execute(plan_of(cell, seed, folder))
+        print(f"{outcome.table}\n{outcome.verdict}\n", flush=True)
+        records = [dataclasses.replace(r, benchmark=name, setting=cell.setting) for r in outcome.records]
+        append_records(path, records)
+        shutil.rmtree(folder / "arms", ignore_errors=True)
 
 
 def plan_of(cell: Cell, seed: int, folder: Path) -> Any:
