@@ -13,7 +13,9 @@ confident rows of all. A clean row is plausible from the start, or stays hard. N
 | z_early, refit | in the second ranking: the model that was trained without the first one's top `first_share` |
 
 The first ranking is coarse, so it drops more than it should; a model trained on the rest has hardly learned the trigger and
-tells flipped labels from hard ones. Its second ranking drops `drop_share`, and clean rows of the first come back.
+tells flipped labels from hard ones. After its second ranking a row is dropped when that model contradicts the label
+(z_early < 0) and the label's odds rose to the end by `min_rise` (3 is a factor of 20), `drop_share` of the rows at most: the
+poison rate need not be known, and clean rows of the first ranking come back.
 
 Fraction 0 is the default because it does not depend on when the trigger is learned: inside a training there is one good moment,
 and before and after it a snapshot finds next to nothing (docs/log.md has the comparison). Class means, not a fitted classifier: a
@@ -50,7 +52,9 @@ class TrajectoryFilter(Objective):
     Args:
         fractions: when the early snapshots are taken, in epochs; 0 is before training, from the pretrained features.
         temperature: of the class-mean softmax at fraction 0.
-        drop_share: share of the rows that the final refit leaves out, in [0, 1).
+        drop_share: share of the rows that the final refit leaves out, in [0, 1); an upper bound where `min_rise` decides.
+        min_rise: least rise of the log-odds, from a contradicted label on, that makes the second ranking drop a row; None drops
+            the whole `drop_share`, whatever the scores say.
         rerank: train once in between without the first ranking's top `first_share`, and rank again with what that model says.
         first_share: in [0, 1), used with `rerank` only.
         class_cap: at most this share of a class is dropped, so that no rare class is emptied.
@@ -70,6 +74,7 @@ class TrajectoryFilter(Objective):
     fractions: list[float] = field(default_factory=lambda: [0.0])
     temperature: float = 0.1
     drop_share: float = 0.1
+    min_rise: float | None = 3.0
     rerank: bool = True
     first_share: float = 0.1
     class_cap: float = 0.5
@@ -93,6 +98,10 @@ class TrajectoryFilter(Objective):
         for name, share, usual in (("drop_share", self.drop_share, 0.1), ("first_share", self.first_share, 0.1)):
             if not 0 <= share < 1:
                 reasons.append(f"`{name}` must be in [0, 1), got {share}: a refit needs rows. Set {usual}.")
+        if self.min_rise is not None and not 0 <= self.min_rise < math.inf:
+            reasons.append(
+                f"`min_rise` must be at least 0 or None, got {self.min_rise}: it is a rise of log-odds. Set 3.0."
+            )
         if not 0 < self.class_cap < 1:
             reasons.append(f"`class_cap` must be in (0, 1), got {self.class_cap}: a class must keep rows. Set 0.5.")
         if self.batch_size < 1:
@@ -181,12 +190,16 @@ class TrajectoryFilter(Objective):
             early = torch.stack(taken).mean(0)
         scores = self._snapshots[END] - early
         order = torch.argsort(scores, descending=True, stable=True)
-        dropped = frozenset(self._top(order, self.first_share if self.rerank and not self._second else self.drop_share))
+        share = self.first_share if self.rerank and not self._second else self.drop_share
+        candidates = order
+        if self._second and self.min_rise is not None:
+            candidates = order[(early[order] < 0) & (scores[order] >= self.min_rise)]
+        dropped = frozenset(self._top(candidates, round(share * len(order))))
         columns = {f"log_odds_{name}": values[order] for name, values in self._snapshots.items()}
         return Ranking(self._row_ids[order], scores[order], dropped, columns)
 
-    def _top(self, order: Tensor, share: float) -> list[int]:
-        count = round(share * len(order))
+    def _top(self, order: Tensor, count: int) -> list[int]:
+        """Ids of the first `count` rows of `order`, passing over those of classes that gave all they may."""
         room = {int(c): int(self.class_cap * int((self._labels == c).sum())) for c in self._labels.unique()}
         taken: list[int] = []
         for i in order.tolist():
@@ -223,11 +236,12 @@ class TrajectoryFilter(Objective):
         }
 
     def inert(self) -> str | None:
-        """Nothing was ranked or nothing would be dropped."""
+        """Nothing was ranked, or a share of 0 forbids dropping. A second ranking that finds no suspect is a result."""
         ranking = self.ranking()
         if ranking is None:
             return "trajectory ranked no rows: the training did not end, or ended before the first early snapshot"
-        if ranking.dropped:
+        decided = self._second and self.min_rise is not None and round(self.drop_share * len(ranking.row_ids)) > 0
+        if ranking.dropped or decided:
             return None
         name = "first_share" if self.rerank and not self._second else "drop_share"
         return f"trajectory drops no row: {name}={getattr(self, name)} of {len(ranking.row_ids)}"

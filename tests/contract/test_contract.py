@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_backdoor_defense.objectives import Objective, overrides
-from hf_backdoor_defense.registry import CONTROLS, DEFENSES, objective_class
+from hf_backdoor_defense.registry import COMPARATORS, CONTROLS, DEFENSES, objective_class
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.state import load_objective
 from tests.trainers.toys import PadCollator, arguments, bert, classification_rows
@@ -16,15 +16,23 @@ from tests.trainers.toys import PadCollator, arguments, bert, classification_row
 ACTS = {"matched_decay": {"pull": [0.9]}, "trajectory": {"drop_share": 0.1}}
 OTHER = {
     "dece": {"alpha_base": 0.9, "label_smoothing": 0.1, "warmup_epochs": 1, "schedule": "fractional"},
-    "trajectory": {"fractions": [0.0, 0.5], "drop_share": 0.2, "class_cap": 0.4, "rerank": False},
+    "trajectory": {"fractions": [0.0, 0.5], "drop_share": 0.2, "class_cap": 0.4, "rerank": False, "min_rise": 1.0},
     "matched_decay": {"pull": [0.5, 0.25]},
+    "gce": {"q": 0.7},
+    "in_trust": {"alpha": 0.5, "beta": 0.5, "delta": 0.25, "label_floor": 1e-3},
+    "focal": {"gamma": 0.5},
+    "smoothed": {"label_smoothing": 0.3},
 }
 NEUTRAL = {
     "dece": {"alpha_base": 1.0},
     "trajectory": {"drop_share": 0.0, "rerank": False},
     "matched_decay": {"pull": [1.0]},
+    "gce": {"q": 0.0},
+    "in_trust": {"alpha": 1.0, "beta": 0.0},
+    "focal": {"gamma": 0.0},
+    "smoothed": {"label_smoothing": 0.0},
 }
-NAMES = [*DEFENSES, *CONTROLS]
+NAMES = [*DEFENSES, *COMPARATORS, *CONTROLS]
 
 
 def trained(folder, objective):
@@ -41,7 +49,7 @@ def trained(folder, objective):
 
 def test_the_tables_cover_the_registry():
     assert set(OTHER) == set(NEUTRAL) == set(NAMES)
-    assert not set(DEFENSES) & set(CONTROLS)
+    assert len(set(NAMES)) == len(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -117,7 +117,7 @@ def test_a_planted_toy_is_found_and_dropped(tmp_path):
 
 def test_the_second_ranking_scores_all_rows_with_a_model_that_missed_the_dropped(tmp_path):
     rows = classification_rows(40)
-    first = TrajectoryFilter(first_share=0.25, drop_share=0.1)
+    first = TrajectoryFilter(first_share=0.25, drop_share=0.1, min_rise=None)
     host(tmp_path, first, rows).train()
     dropped = first.ranking().dropped
     assert len(dropped) == 10
@@ -143,6 +143,47 @@ def test_no_class_loses_more_than_its_cap():
     filt.load_state_dict({"row_ids": torch.arange(100), "labels": labels, "second": False, "seconds": 0.0, **snapshots})
     dropped = filt.ranking().dropped
     assert len(dropped) == 20 and sum(i >= 90 for i in dropped) == 3
+
+
+def second_ranking(end, refit, labels=None, **fields):
+    """A filter that hosts its second ranking, with the log-odds given."""
+    filt = TrajectoryFilter(**fields)
+    filt.load_state_dict(
+        {
+            "row_ids": torch.arange(len(end)),
+            "labels": torch.zeros(len(end), dtype=torch.int64) if labels is None else torch.tensor(labels),
+            "second": True,
+            "seconds": 0.0,
+            "snapshot_end": torch.tensor(end),
+            "snapshot_refit": torch.tensor(refit),
+        }
+    )
+    return filt
+
+
+def test_the_second_ranking_drops_contradicted_rows_whose_odds_rose_enough():
+    #       flipped, flipped, hard but plausible, contradicted still, risen too little, exactly at both bounds
+    end = [5.0, 4.0, 6.0, -1.0, 1.5, 3.0, *[5.0] * 14]
+    refit = [-4.0, -0.5, 0.5, -3.5, -1.0, 0.0, *[5.0] * 14]
+    ranking = second_ranking(end, refit, drop_share=0.5).ranking()
+    expected = {i for i, (e, r) in enumerate(zip(end, refit, strict=True)) if r < 0 and e - r >= 3.0}
+    assert ranking.dropped == expected == {0, 1}
+    assert second_ranking(end, refit, drop_share=0.5, min_rise=2.5).ranking().dropped == {0, 1, 3, 4}
+    assert second_ranking(end, refit, drop_share=0.05).ranking().dropped == {0}  # the share stays the bound
+    assert len(second_ranking(end, refit, drop_share=0.5, min_rise=None, class_cap=0.9).ranking().dropped) == 10
+
+
+def test_a_second_ranking_without_suspects_is_a_result_and_not_inert():
+    clean = second_ranking([5.0] * 20, [4.0] * 20)
+    assert clean.ranking().dropped == frozenset() and clean.inert() is None
+    assert clean.activity()["dropped"] == 0.0
+    assert "drops no row" in second_ranking([5.0] * 20, [4.0] * 20, drop_share=0.0).inert()
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_a_rise_that_is_none_is_refused(bad):
+    with pytest.raises(ValueError, match="min_rise"):
+        TrajectoryFilter(min_rise=bad)
 
 
 def test_a_second_training_forgets_the_first(tmp_path):
