@@ -7,6 +7,9 @@ import traceback
 VERBS = {
     "train": "fine-tune with a defense; with --simulate, measure it against an attack and its controls",
     "eval": "measure a finished model on clean and triggered rows",
+    "report": "make the report of a run again, or one report of several runs",
+    "list": "name the defenses, comparators, controls, triggers and presets; with a NAME, its fields",
+    "env": "show versions, devices and packages, and what is off on this machine and why",
 }
 USAGE = "usage: hfbd VERB [options]\n\n" + "\n".join(f"  {verb:8} {what}" for verb, what in VERBS.items())
 
@@ -39,6 +42,18 @@ def main(argv: list[str] | None = None) -> int:
             from hf_backdoor_defense.cli.train import train
 
             return train(rest)
+        if verb == "report":
+            from hf_backdoor_defense.cli.report import report
+
+            return report(rest)
+        if verb == "list":
+            from hf_backdoor_defense.cli.list import show
+
+            return show(rest)
+        if verb == "env":
+            from hf_backdoor_defense.cli.env import env
+
+            return env(rest)
         from hf_backdoor_defense.cli.eval import evaluate
 
         return evaluate(rest)

@@ -28,5 +28,6 @@ def train(argv: list[str]) -> int:
     print(f"\n{outcome.table}\n\n{outcome.verdict}")
     for failure in outcome.failures:
         print(failure)
-    print(f"\nEverything is in {plan.folder}: results.json, table.txt, the plots and what to look at (suspects.jsonl).")
+    print(f"\nEverything is in {plan.folder}: start with report.html. The numbers are in results.json, the rows to look at "
+          "(if any) in suspects.jsonl.")  # fmt: skip
     return outcome.exit_code

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import math
 import shutil
 import sys
 import time
@@ -97,8 +98,8 @@ def train_arm(
         evaluate: False measures nothing: a training that is only a step of a method.
 
     Returns:
-        the arm's `result.json` (scores, cost, curve, and per objective activity, inert and ranking), and the objectives
-        as they were at the end of training.
+        the arm's `result.json` (scores, cost, curve, history, and per objective activity, inert, ranking and records of
+        rows), and the objectives as they were at the end of training.
     """
     done = folder / RESULT_NAME
     if done.is_file():
@@ -162,6 +163,7 @@ def train_arm(
         "peak_bytes": None if checkpoint else peak,
         **{name: None if value is None else asdict(value) for name, value in vars(scores).items()},
         "curve": curve(trainer.state.log_history),
+        "history": history(trainer.state.log_history),
         "objectives": {objective.name: _account(objective) for objective in objectives},
     }
     if keep_model is not None:
@@ -187,6 +189,24 @@ def attack_record(poisoned: Poisoned) -> dict[str, Any]:
     }
 
 
+def history(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The training log, oldest first: epoch, step, loss, and whatever else was logged with it. Only finite numbers, which
+    JSON can hold: the norm of a gradient may overflow in half precision.
+
+    >>> history([{"loss": 1.0, "grad_norm": math.inf, "epoch": 0.5, "step": 2}, {"train_runtime": 3.0, "epoch": 1.0}])
+    [{'loss': 1.0, 'epoch': 0.5, 'step': 2}]
+    """
+    return [
+        {
+            name: value
+            for name, value in entry.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        }
+        for entry in log_history
+        if "loss" in entry and "epoch" in entry
+    ]
+
+
 def _account(objective: Objective) -> dict[str, Any]:
     ranking = objective.ranking()
     return {
@@ -195,7 +215,13 @@ def _account(objective: Objective) -> dict[str, Any]:
         "inert": objective.inert(),
         "pull_per_epoch": getattr(objective, "pull_per_epoch", list)(),
         "ranking": None if ranking is None else _plain(ranking),
+        "rows": {name: _finite(ids, values) for name, (ids, values) in objective.rows().items()},
     }
+
+
+def _finite(row_ids: torch.Tensor, values: torch.Tensor) -> dict[str, list[Any]]:
+    keep = torch.isfinite(values)
+    return {"row_ids": row_ids[keep].tolist(), "values": values[keep].tolist()}
 
 
 def _plain(ranking: Ranking) -> dict[str, Any]:

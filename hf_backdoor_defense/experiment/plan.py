@@ -25,7 +25,7 @@ PLAN_NAME = "plan.json"
 # Where a run is put and how it is shown: none of it changes a number.
 _NOT_IDENTITY = {
     "output_dir", "run_name", "logging_dir", "report_to", "disable_tqdm", "dry_run", "max_asr_over_floor",
-    "max_ca_drop", "hub_token", "push_to_hub", "seed", "baselines",
+    "max_ca_drop", "hub_token", "push_to_hub", "seed", "baselines", "logging_strategy", "logging_steps",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from hf_backdoor_defense.evaluation.metrics import (
     precision_at,
     wilson,
 )
+from hf_backdoor_defense.experiment.command import command
+from hf_backdoor_defense.reporting.histograms import count_rows
+from hf_backdoor_defense.reporting.html import REPORT_NAME, write_report
 from hf_backdoor_defense.reporting.plots import plot_ca_asr, plot_curves, plot_scores
 from hf_backdoor_defense.reporting.results import Record, environment, write_bytes, write_json
 from hf_backdoor_defense.reporting.tables import render_terminal
@@ -198,8 +202,9 @@ def write_outcome(
     suspects: list[dict[str, Any]],
     planted: dict[int, set[int]],
 ) -> None:
-    """`results.json`, `suspects.jsonl`, `table.txt` and the plots, each whole or not at all."""
-    folder = plan.folder
+    """`results.json`, `suspects.jsonl`, `table.txt`, the plots and `report.html`, each whole or not at all."""
+    folder, run = plan.folder, plan.run
+    trigger = run.get_trigger()
     write_json(
         folder / "results.json",
         {
@@ -207,7 +212,10 @@ def write_outcome(
             "plan": plan.identity(),
             "verdict": outcome.verdict,
             "failures": outcome.failures,
+            "gates": {"max_asr_over_floor": run.max_asr_over_floor, "max_ca_drop": run.max_ca_drop},
+            "command": command(run, plan.training, plan.defenses),
             "planted": plan.planted,
+            "trigger": None if trigger is None else trigger.text,
             "records": outcome.records,
             "between": {
                 str(seed): {arm: [_brief(r) for r in trainings] for arm, trainings in of_seed.items()}
@@ -216,14 +224,21 @@ def write_outcome(
             "arms": {
                 str(seed): {arm: _brief(result) for arm, result in arms.items()} for seed, arms in results.items()
             },
+            "histograms": histograms(results, between, planted),
         },
     )
     write_bytes(folder / "table.txt", f"{outcome.table}\n\n{outcome.verdict}\n".encode())
     if suspects:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in suspects)
         write_bytes(folder / "suspects.jsonl", lines.encode())
-    if plan.run.simulate is None:
-        return
+    if run.simulate is not None:
+        _write_plots(folder, outcome, results, between, planted)
+    write_report([folder], folder / REPORT_NAME)
+
+
+def _write_plots(
+    folder: Path, outcome: Outcome, results: Results, between: dict[int, Between], planted: dict[int, set[int]]
+) -> None:
     plot_ca_asr(outcome.records, folder / "ca_asr.png")
     floor = _mean(results, "clean_reference", "asr")
     arms_of = next(iter(results.values()))
@@ -240,10 +255,35 @@ def write_outcome(
             )
 
 
+def histograms(results: Results, between: dict[int, Between], planted: dict[int, set[int]]) -> list[dict[str, Any]]:
+    """What was recorded per training row, as counts: each arm's own records by name, and the `scores` of a filter."""
+    seeds = list(results)
+    found = []
+    for arm in results[seeds[0]]:
+        # A result of an earlier version has no records.
+        records = {seed: _records_of_rows(results[seed][arm]) for seed in seeds}
+        for name in records[seeds[0]]:
+            of_seed = {seed: (r[name]["row_ids"], r[name]["values"]) for seed, r in records.items() if name in r}
+            found.append((arm, name, count_rows(of_seed, planted=planted)))
+    ranked = {seed: rankings(results[seed], between[seed]) for seed in seeds}
+    for arm in ranked[seeds[0]]:
+        of_arm = {seed: of_seed[arm] for seed, of_seed in ranked.items() if arm in of_seed}
+        scores = {seed: (ranking["row_ids"], ranking["scores"]) for seed, ranking in of_arm.items()}
+        dropped = {seed: ranking["dropped"] for seed, ranking in of_arm.items()}
+        found.append((arm, "scores", count_rows(scores, planted=planted, dropped=dropped)))
+    return [{"arm": arm, "name": name, **counts} for arm, name, counts in found if counts is not None]
+
+
+def _records_of_rows(result: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """By name, of all methods that were hosted."""
+    accounts = result["objectives"].values()
+    return {name: record for account in accounts for name, record in account.get("rows", {}).items()}
+
+
 def _brief(result: dict[str, Any]) -> dict[str, Any]:
-    """An arm's result without the ranking of every row, which stays in the arm's folder."""
+    """An arm's result without what is known of every row, which stays in the arm's folder."""
     objectives = {
-        name: {key: value for key, value in account.items() if key != "ranking"}
+        name: {key: value for key, value in account.items() if key not in ("ranking", "rows")}
         for name, account in result["objectives"].items()
     }
     return {**result, "objectives": objectives}

@@ -14,80 +14,28 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_backdoor_defense.reporting.histograms import Stretch
 from hf_backdoor_defense.reporting.results import Record, write_bytes
+from hf_backdoor_defense.reporting.style import BLUE, GRAY, VERMILION, arm_styles, blank, halo, plain, short, spread
 from hf_backdoor_defense.reporting.tables import Row, seeds_note, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colors without the yellow, which is too pale for text.
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#B0588E", "#C98A00", "#3A9BD0"
-GRAY, FAINT = "#555555", "#dddddd"
-_FIXED = {"clean_reference": "#111111", "undefended": VERMILION}
 DPI = 150
 Points = Sequence[Mapping[str, float]]
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _plain(axes: "Axes", grid: Literal["x", "y"]) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GRAY)
-    axes.tick_params(colors=GRAY, labelcolor="black", labelsize=9)
-    axes.grid(axis=grid, color=FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def _halo() -> list[Any]:
-    from matplotlib.patheffects import withStroke
-
-    return [withStroke(linewidth=2, foreground="white")]
 
 
 def _save(figure: "Figure", path: str | Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return write_bytes(path, buffer.getvalue())
-
-
-def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
-    """Places for labels near where they are wanted, in the same order and `gap` apart, within low..high.
-
-    Args:
-        wanted: where each label would like to stand. gap: least distance. low, high: room; where it is too small for
-            all, the labels stand evenly in it.
-
-    Example:
-        >>> spread([0.5, 0.1, 0.5], 0.2)
-        [0.4, 0.1, 0.6]
-    """
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
-    # Labels that touch form a block around the mean of what they want (pool adjacent violators on wanted - rank·gap).
-    blocks: list[tuple[float, int]] = []
-    for rank, i in enumerate(order):
-        mean, size = wanted[i] - rank * gap, 1
-        while blocks and blocks[-1][0] > mean:
-            other, count = blocks.pop()
-            mean, size = (mean * size + other * count) / (size + count), size + count
-        blocks.append((mean, size))
-    shifts = [mean for mean, size in blocks for _ in range(size)]
-    top = high - (len(wanted) - 1) * gap
-    placed = dict(zip(order, (min(max(s, low), top) + r * gap for r, s in enumerate(shifts)), strict=True))
-    return [round(placed[i], 9) for i in range(len(wanted))]
 
 
 def plot_ca_asr(records: Iterable[Record], path: str | Path) -> Path:
@@ -115,10 +63,10 @@ def plot_ca_asr(records: Iterable[Record], path: str | Path) -> Path:
         raise ValueError("`records` must hold `ca`, `asr` or `ftr`, got none: nothing else is drawn. Evaluate first.")
     names = max(len(row.arm) for row in rows)
     width, height = 8.0, 0.95 + 0.62 * len(rows)
-    figure = _figure(width, height)
+    figure = blank(width, height, dpi=DPI)
     left = (0.4 + 0.085 * names) / width
     axes = figure.add_axes((left, 0.6 / height, 0.89 - left, 1 - 0.95 / height))
-    _plain(axes, "x")
+    plain(axes, "x")
     floors = [row.estimates["ftr"].value for row in rows if row.defense == "clean_reference" and "ftr" in row.estimates]
     if len(floors) == 1:
         axes.axvline(floors[0], color=GRAY, linestyle=(0, (4, 3)), linewidth=1.2)
@@ -163,7 +111,7 @@ def _draw_arm(axes: "Axes", y: int, row: Row) -> None:
             fontsize=9,
             color=color,
             annotation_clip=False,
-            path_effects=_halo(),
+            path_effects=halo(),
         )
 
 
@@ -206,20 +154,17 @@ def plot_curves(
     if not curves:
         raise ValueError("`curves` must hold an arm, got none: there is nothing to draw. Evaluate while training.")
     arms = {arm: _seeds(arm, given) for arm, given in curves.items()}
-    free = [arm for arm in arms if arm not in _FIXED]
-    palette = (BLUE, GREEN, PURPLE, ORANGE, SKY)
-    styles = {arm: (palette[i % 5], ("-", (0, (5, 2)), (0, (1, 1.5)))[i // 5 % 3]) for i, arm in enumerate(free)}
-    styles |= {arm: (color, "-") for arm, color in _FIXED.items() if arm in arms}
+    styles = arm_styles(arms)
     panel, room = 2.9, 0.3 + 0.074 * (5 + max(map(len, arms)))
     width, height = 0.5 + 2 * (panel + room) + 0.35, max(3.6, 1.0 + 0.2 * (len(arms) + 1))
-    figure = _figure(width, height)
+    figure = blank(width, height, dpi=DPI)
     last = max(max(run) for runs in arms.values() for run in runs)
     start = min(min(run) for runs in arms.values() for run in runs)
     start, span = (start, last - start) if last > start else (start - 0.5, 1.0)
     for column, (metric, title) in enumerate((("ca", "CA, clean accuracy"), ("asr", "ASR, attack success rate"))):
         left = 0.5 + column * (panel + room + 0.35)
         axes = figure.add_axes((left / width, 0.55 / height, panel / width, 1 - 0.95 / height))
-        _plain(axes, "y")
+        plain(axes, "y")
         ends: list[tuple[str, float, float, str]] = []  # label, x, y, color
         for arm, runs in arms.items():
             color, style = styles[arm]
@@ -282,9 +227,9 @@ def plot_scores(
                 f"`{name}` must be {values.size} times True or False, got shape {flags.shape} of {flags.dtype}: "
                 "there is one flag per score. Make it with `[i in chosen for i in row_ids]`."
             )
-    figure = _figure(8.0, 4.2)
+    figure = blank(8.0, 4.2, dpi=DPI)
     axes = figure.add_axes((0.085, 0.13, 0.88, 0.68))
-    _plain(axes, "y")
+    plain(axes, "y")
     edges = _stretch(axes, values).tolist()
     groups = [("other rows" if planted is not None else "rows", ~poisoned, BLUE)]
     groups += [("planted rows", poisoned, VERMILION)] if planted is not None else []
@@ -310,33 +255,15 @@ def plot_scores(
 
 def _stretch(axes: "Axes", values: np.ndarray) -> np.ndarray:
     """Sets a scale on which the bulk and a long tail are both seen, and returns the edges of the bins, even on it."""
-    middle = float(np.median(values))
-    distance = np.abs(values - middle)
-    width = float(np.percentile(distance, 75)) or float(distance.max()) or 1.0
-
-    def squeeze(x: Any) -> Any:
-        return np.arcsinh((np.asarray(x) - middle) / width)
-
-    def restore(t: Any) -> Any:
-        return middle + width * np.sinh(np.asarray(t))
-
-    long = float(distance.max()) > 12 * width
-    low, high = float(values.min()), float(values.max())
-    pad = 0.04 * (high - low) or 0.5
-    if not long:
-        axes.set_xlim(low - pad, high + pad)
-        return np.linspace(low - pad, high + pad, 53)
-    start, end = float(squeeze(low)), float(squeeze(high))
-    pad = 0.04 * (end - start)
-    edges = restore(np.linspace(start - pad, end + pad, 53))
-    axes.set_xscale("function", functions=(squeeze, restore))
+    stretch = Stretch(values)
+    edges = stretch.edges()
     axes.set_xlim(edges[0], edges[-1])
-    ticks = restore(np.linspace(start, end, 9))
-    # As few digits as tell a tick from its neighbors.
-    digits = [
-        -math.floor(math.log10(gap))
-        for gap in np.minimum(np.diff(ticks, prepend=-np.inf), np.diff(ticks, append=np.inf))
-    ]
-    axes.set_xticks([round(float(tick), d) + 0.0 for tick, d in zip(ticks, digits, strict=True)])
+    if not stretch.is_long:
+        return edges
+    axes.set_xscale("function", functions=(stretch.squeeze, stretch.restore))
+    axes.set_xlim(edges[0], edges[-1])
+    start, end = (float(stretch.squeeze(x)) for x in (stretch.low, stretch.high))
+    ticks = stretch.restore(np.linspace(start, end, 9))
+    axes.set_xticks(short(ticks))
     axes.xaxis.set_major_formatter("{x:.6g}")
     return edges

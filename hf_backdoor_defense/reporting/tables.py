@@ -132,7 +132,13 @@ def seeds_note(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     return f"(mean and 95 % interval over {seeds if seeds == max(counts) else f'{seeds} to {max(counts)}'} seeds)"
 
 
-def _cells(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
+def cells(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
+    """A table as text: a line of titles, then one line per row.
+
+    Example:
+        >>> cells([Row("dece", "dece", {"ca": Estimate(0.8, 9, 0.7, 0.9)}, {"ca": 1})], ["ca", "asr"])
+        [['arm', 'CA', 'ASR'], ['dece', '0.80 [0.70, 0.90]', '–']]
+    """
     head = ["arm", *(_TITLES.get(metric, metric.replace("_", " ")) for metric in metrics)]
     return [head, *([row.arm, *(format_estimate(row.estimates.get(m), m) for m in metrics)] for row in rows)]
 
@@ -160,9 +166,9 @@ def render_terminal(records: Iterable[Record], *, planted: int | None = None) ->
     if planted is not None and planted < 0:
         raise ValueError(f"`planted` must be >= 0, got {planted}: it counts rows. Pass None where it is not known.")
     rows = summarize(records)
-    cells = _cells(rows, COLUMNS)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    table = cells(rows, COLUMNS)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
     lines.append(seeds_note(rows, COLUMNS))
     if planted is not None:
         lines.append(f"poisoned rows planted: {planted}")
@@ -203,7 +209,7 @@ def render_markdown(records: Iterable[Record], metrics: Sequence[str]) -> str:
             f"`metrics` must be among {', '.join(METRICS)}, got {list(metrics)}: they are the columns. Fix it."
         )
     rows = summarize(records)
-    head, *body = ([cell.replace("|", "\\|") for cell in line] for line in _cells(rows, metrics))
+    head, *body = ([cell.replace("|", "\\|") for cell in line] for line in cells(rows, metrics))
     lines = [head, *body]
     table = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([table[0], "|" + "---|" * len(head), *table[1:], "", seeds_note(rows, metrics)])
