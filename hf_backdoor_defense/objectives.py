@@ -15,6 +15,7 @@ What is asked for, and when:
 | `observe` | on every training micro-batch | - |
 | `ranking` | after training | the training rows, most suspicious first, or None |
 | `refit` | after training | what to host in a training without the dropped rows, or None |
+| `rows` | after training | values per training row, by name |
 | `activity`, `inert` | after training | what it did; why it did nothing |
 | `state_dict`, `load_state_dict` | with every checkpoint, and on resume | tensors and JSON |
 
@@ -32,7 +33,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_backdoor_defense.functional.cross_entropy import cross_entropy, valid
+from hf_backdoor_defense.functional.cross_entropy import cross_entropy, top1, valid
+from hf_backdoor_defense.functional.linear_dece import linear_dece_loss_and_stats
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ class Step:
     """One micro-batch, as an objective sees it.
 
     `labels` are aligned with the scores (shifted already for causal models) and hold -100 where there is nothing to
-    learn. Either `logits` is given, or, for an objective with `needs_hidden` on a host with an output projection,
-    `hidden` and `project` from the same single forward (`outputs` is then None: the head is still running).
+    learn. Either `logits` is given, or, for an objective with `takes_hidden` where the host has an output projection and
+    full logits would be large, `hidden` and `project` from the same single forward (`outputs` is then None: the head is
+    still running). `top1` is what a loss over tokens noted on the way, for the host's token accuracy.
     `model` is the model as the Trainer wrapped it; read it, never keep it.
     """
 
@@ -80,6 +83,7 @@ class Step:
     logits: Tensor | None = None  # [..., classes]
     hidden: Tensor | None = None  # [..., d]
     project: Projection | None = None
+    top1: Tensor | None = None  # [n_valid], bool
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -90,6 +94,10 @@ class Step:
     def log(self, name: str, value: Tensor) -> None:
         """Record a scalar; the host averages it over the steps between two logs and adds it to `Trainer.log`."""
         self.metrics[name] = value.detach()
+
+    def note_top1(self, is_top1: Tensor) -> None:
+        """Keep [n_valid] whether each label scores highest: a by-product of the loss that the host reports as accuracy."""
+        self.top1 = is_top1.detach()
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class Objective(TrainerCallback):
 
     name: ClassVar[str] = ""
     paper: ClassVar[str | None] = None  # arXiv id
-    needs_hidden: ClassVar[bool] = False
+    takes_hidden: ClassVar[bool] = False  # `loss` reads `logits`, or `hidden` with `project`: whichever is given
     needs_row_ids: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -193,11 +201,24 @@ class Objective(TrainerCallback):
 
     def loss(self, step: Step) -> Tensor:
         """[n_valid]: one value per labeled position (or row), unreduced. The host divides."""
-        logits = step.logits
-        if logits is None:
+        if step.logits is None:
             assert step.hidden is not None and step.project is not None
-            logits = step.project(step.hidden)
-        return cross_entropy(logits, step.labels)
+            values, _, is_top1 = linear_dece_loss_and_stats(
+                step.hidden,
+                step.project.weight,
+                step.labels,
+                log_alpha=0.0,
+                label_smoothing=0.0,
+                bias=step.project.bias,
+                scale=step.project.scale,
+                softcap=step.project.softcap,
+            )
+            step.note_top1(is_top1)
+            return values
+        values = cross_entropy(step.logits, step.labels)
+        if step.labels.ndim > 1:
+            step.note_top1(top1(step.logits, step.labels))
+        return values
 
     def penalties(self, step: Step) -> dict[str, Tensor]:
         """Scalars by name, asked for on every micro-batch; the host divides them by the accumulation steps."""
@@ -214,6 +235,10 @@ class Objective(TrainerCallback):
         """What to host while training again without the rows that `ranking` drops, or None to train plainly."""
         return None
 
+    def rows(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """After training: per-row records by name, each (row ids [n], int64; values [n]), for the report."""
+        return {}
+
     def activity(self) -> dict[str, float]:
         """What the method did, in numbers, for the report."""
         return {}
@@ -229,6 +254,25 @@ class Objective(TrainerCallback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
+
+
+def row_sums(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of the values of each row of the batch, without waiting for the device.
+
+    Args:
+        values: [n_valid], one per labeled position, in the order of `loss`. labels: [batch, ...], as in `Step`.
+
+    Returns:
+        sums [batch], of the dtype of `values`; counts [batch], int64.
+
+    >>> row_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([[-100, 5], [6, 7]]))
+    (tensor([1., 6.]), tensor([1, 2]))
+    """
+    counts = valid(labels).reshape(len(labels), -1).sum(-1) if len(labels) else labels.new_zeros(0)
+    rows = torch.arange(len(labels), device=labels.device)
+    # `output_size` spares the question how long the result is, and with it a wait for the GPU.
+    row = torch.repeat_interleave(rows, counts, output_size=values.numel())
+    return values.new_zeros(len(labels)).index_add_(0, row, values.detach()), counts
 
 
 def overrides(objective: Objective, method: str) -> bool:

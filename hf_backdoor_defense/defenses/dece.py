@@ -3,7 +3,8 @@
     alpha_e = alpha_base ** e,  e = floor(epoch) + 1        L = -sum_k y_k log(alpha p_k + (1 - alpha) y_k)
 
 A label that surprises the model keeps only r_t = alpha p_t / (alpha p_t + (1 - alpha)(1 - eps)) of cross-entropy's
-pull, less with every epoch. The tensor mathematics is `functional/dece.py`.
+pull, less with every epoch. The tensor mathematics is `functional/dece.py`, and `functional/linear_dece.py` where the
+host gives hidden states in place of logits.
 
 | paper | field | where the value stands |
 |---|---|---|
@@ -27,12 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_backdoor_defense.functional.dece import dece_loss_and_target_logps, target_pull, threshold
-from hf_backdoor_defense.objectives import Objective, Step
+from hf_backdoor_defense.functional.chunks import chunk_budget
+from hf_backdoor_defense.functional.dece import dece_loss_and_stats, target_pull, threshold
+from hf_backdoor_defense.functional.linear_dece import linear_dece_loss_and_stats
+from hf_backdoor_defense.objectives import Objective, Step, row_sums
 
 logger = logging.getLogger(__name__)
 
 INERT_BELOW = 1e-6
+MERGE_AT = 256  # micro-batches whose records per row are kept apart before they become one tensor
 
 
 @dataclass(kw_only=True, eq=False)
@@ -44,7 +48,7 @@ class DeCE(Objective):
         label_smoothing: in [0, 1); the label keeps 1 - label_smoothing.
         schedule: "epoch" or "fractional".
         warmup_epochs: epochs with alpha = 1 before the schedule starts.
-        chunk_bytes: budget of the float32 work buffers.
+        chunk_bytes: budget of the work buffers; None for a default by device. One row of scores is held in any case.
 
     >>> objective = DeCE.preset("llm")
     >>> round(math.exp(objective.log_alpha(epoch=2.5)), 3)  # third epoch: 0.8 ** 3
@@ -57,6 +61,7 @@ class DeCE(Objective):
 
     name = "dece"
     paper = "2407.08956"
+    takes_hidden = True
     presets = {
         "code": {"alpha_base": 0.985, "label_smoothing": 0.05},
         "llm": {"alpha_base": 0.8, "label_smoothing": 0.05},
@@ -68,11 +73,14 @@ class DeCE(Objective):
     label_smoothing: float = 0.05
     schedule: str = "epoch"
     warmup_epochs: int = 0
-    chunk_bytes: int = 2**28
+    chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._epochs: dict[int, list[Tensor]] = {}  # epoch -> [sum of r_t, positions with r_t < 1/2, positions]
+        self._rows_epoch = -1  # the epoch that `_rows` is about
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []  # row ids, sums of r_t, positions; [rows] each
+        self._warned = False
 
     def field_reasons(self) -> list[str]:
         """Ranges of all fields."""
@@ -93,7 +101,7 @@ class DeCE(Objective):
             )
         if self.warmup_epochs < 0:
             reasons.append(f"`warmup_epochs` must be at least 0, got {self.warmup_epochs}: it counts epochs. Set 0.")
-        if self.chunk_bytes < 1:
+        if self.chunk_bytes is not None and self.chunk_bytes < 1:
             reasons.append(f"`chunk_bytes` must be positive, got {self.chunk_bytes}: it is a budget. Set 2**28.")
         return reasons
 
@@ -101,7 +109,10 @@ class DeCE(Objective):
         """Refuses a label smoothing that leaves the label less likely than the others; warns of a schedule that goes too far."""
         if not hasattr(trainer.train_dataset, "__len__"):
             logger.warning(
-                "dece: the training set has no length, so an epoch has none and alpha may stay at its first value."
+                "dece: the training set streams and has no length: with max_steps the whole run counts as one epoch, so that "
+                "alpha stays at %s throughout (schedule='epoch')%s.",
+                "1" if self.warmup_epochs else f"alpha_base={self.alpha_base}",
+                " or moves to its square (schedule='fractional')" if not self.warmup_epochs else ": DeCE never starts",
             )
         last = self.log_alpha(max(trainer.args.num_train_epochs - 1e-6, 0.0))
         tau = threshold(log_alpha=last, label_smoothing=self.label_smoothing)
@@ -132,33 +143,106 @@ class DeCE(Objective):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A new run starts with empty records; a resumed one keeps what the checkpoint held."""
         if state.global_step == 0:
-            self._epochs = {}
+            self._epochs, self._rows, self._rows_epoch = {}, [], -1
 
     def loss(self, step: Step) -> Tensor:
-        """[n_valid] DeCE, in chunks; records the pull on the way."""
+        """[n_valid] DeCE, in chunks, of logits or of hidden states; records the pull on the way."""
         log_alpha = self.log_alpha(step.epoch)
-        assert step.logits is not None
-        values, target_logps = dece_loss_and_target_logps(
-            step.logits,
-            step.labels,
-            log_alpha=log_alpha,
-            label_smoothing=self.label_smoothing,
-            chunk_bytes=self.chunk_bytes,
-        )
+        values, target_logps, is_top1 = self._values(step, log_alpha)
+        if step.labels.ndim > 1:
+            step.note_top1(is_top1)
         pull = target_pull(target_logps, log_alpha=log_alpha, label_smoothing=self.label_smoothing)
-        wide = torch.float32 if pull.device.type == "mps" else torch.float64  # sums over a whole epoch
-        now = [pull.sum(dtype=wide), (pull < 0.5).sum(dtype=wide), torch.tensor(pull.numel(), dtype=wide)]
-        epoch = math.floor(step.epoch)
-        before = self._epochs.get(epoch)
-        self._epochs[epoch] = now if before is None else [a.to(b.device) + b for a, b in zip(before, now, strict=True)]
-        step.log("dece/alpha", values.new_tensor(math.exp(log_alpha)))
+        self._record(step, pull)
+        step.log("dece/alpha", values.new_full((), math.exp(log_alpha)))
         step.log(
-            "dece/threshold", values.new_tensor(threshold(log_alpha=log_alpha, label_smoothing=self.label_smoothing))
+            "dece/threshold", values.new_full((), threshold(log_alpha=log_alpha, label_smoothing=self.label_smoothing))
         )
         if pull.numel():
             step.log("dece/target_pull", pull.mean())
             step.log("dece/suppressed", (pull < 0.5).to(pull.dtype).mean())
         return values
+
+    def _values(self, step: Step, log_alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+        project, scores = step.project, step.logits
+        if scores is None:
+            assert step.hidden is not None and project is not None
+            self._warn_of_budget(step.hidden, project.weight.shape[0])
+            return linear_dece_loss_and_stats(
+                step.hidden,
+                project.weight,
+                step.labels,
+                log_alpha=log_alpha,
+                label_smoothing=self.label_smoothing,
+                bias=project.bias,
+                scale=project.scale,
+                softcap=project.softcap,
+                chunk_bytes=self.chunk_bytes,
+            )
+        self._warn_of_budget(scores, scores.shape[-1])
+        return dece_loss_and_stats(
+            scores,
+            step.labels,
+            log_alpha=log_alpha,
+            label_smoothing=self.label_smoothing,
+            chunk_bytes=self.chunk_bytes,
+        )
+
+    def _warn_of_budget(self, like: Tensor, classes: int) -> None:
+        """Once, where the budget is below what one row takes: chunks then hold one row, and more memory than allowed."""
+        row, budget = classes * like.dtype.itemsize, chunk_budget(self.chunk_bytes, like.device)
+        if budget < row and not self._warned:
+            self._warned = True
+            logger.warning(
+                "dece: chunk_bytes=%d is below the %d bytes that one row of %d scores takes: each chunk holds one row, which is "
+                "slow. Set 2**28, or leave it out.",
+                budget,
+                row,
+                classes,
+            )
+
+    def _record(self, step: Step, pull: Tensor) -> None:
+        """Add the batch to the sums of its epoch and, where rows have ids, to the sums of its rows."""
+        wide = torch.float32 if pull.device.type == "mps" else torch.float64  # sums over a whole epoch
+        now = [
+            pull.sum(dtype=wide),
+            (pull < 0.5).sum(dtype=wide),
+            torch.full((), pull.numel(), dtype=wide, device=pull.device),
+        ]
+        epoch = math.floor(step.epoch)
+        before = self._epochs.get(epoch)
+        self._epochs[epoch] = now if before is None else [a.to(b.device) + b for a, b in zip(before, now, strict=True)]
+        if step.row_ids is None:
+            return
+        if self._rows_epoch != epoch:
+            self._rows, self._rows_epoch = [], epoch
+        sums, counts = row_sums(pull, step.labels)
+        if len(sums) == len(step.row_ids):
+            self._rows.append((step.row_ids.detach().to(sums.device), sums, counts))
+        if len(self._rows) >= MERGE_AT:
+            self._rows = [self._merged()]
+
+    def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All records of rows as one: ids, sums and positions in the order of training."""
+        if not self._rows:
+            return torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, dtype=torch.long)
+        device = self._rows[-1][0].device
+        ids, sums, counts = (torch.cat([part.to(device) for part in parts]) for parts in zip(*self._rows, strict=True))
+        return ids.long(), sums.float(), counts.long()
+
+    def rows(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """ "pull": mean r_t of each training row in the last epoch trained, by this process; what kept least comes first.
+
+        Rows without a labeled position are left out.
+        """
+        ids, sums, counts = (part.cpu() for part in self._merged())
+        unique, place = ids.unique(return_inverse=True)
+        total = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, place, sums.double())
+        seen = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, place, counts.double())
+        if not bool((seen > 0).any()):
+            return {}
+        unique, mean = unique[seen > 0], total[seen > 0] / seen[seen > 0]
+        order = mean.argsort(stable=True)
+        return {"pull": (unique[order], mean[order].float())}
 
     def pull_per_epoch(self) -> list[float]:
         """Mean r_t of each epoch trained so far: what the matched-decay control uses as its learning-rate factor."""
@@ -187,13 +271,22 @@ class DeCE(Objective):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What was recorded per epoch; alpha needs no state."""
-        if not self._epochs:
-            return {}
-        rows = [[float(epoch), *(float(value) for value in row)] for epoch, row in sorted(self._epochs.items())]
-        return {"epochs": torch.tensor(rows, dtype=torch.float64)}
+        """What was recorded per epoch, and per row in the epoch under way; alpha needs no state."""
+        state: dict[str, Any] = {}
+        if self._epochs:
+            rows = [[float(epoch), *(float(value) for value in row)] for epoch, row in sorted(self._epochs.items())]
+            state["epochs"] = torch.tensor(rows, dtype=torch.float64)
+        if self._rows:
+            self._rows = [self._merged()]
+            ids, sums, counts = (part.cpu() for part in self._rows[0])
+            state.update(rows_epoch=self._rows_epoch, row_ids=ids, row_sums=sums, row_counts=counts)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         rows = state["epochs"] if "epochs" in state else torch.zeros(0, 4)
         self._epochs = {int(row[0]): [value.double() for value in row[1:]] for row in rows}
+        self._rows, self._rows_epoch = [], -1
+        if "row_ids" in state:
+            self._rows = [(state["row_ids"], state["row_sums"], state["row_counts"])]
+            self._rows_epoch = int(state["rows_epoch"])

@@ -72,17 +72,32 @@ def valid_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor |
         raise ValueError(
             f"`logits` must be floating point, got {logits.dtype}: they are scores. Are logits and labels swapped?"
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"`labels` must be integers, got {labels.dtype}: they are class numbers. Convert them with .long(); "
-            "soft and multi-label targets are not supported."
-        )
     if logits.ndim == 0 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"`labels` must have the shape of `logits` without its last dimension, got logits {list(logits.shape)} and "
             f"labels {list(labels.shape)}: each label needs its own row of scores. Align them before the loss."
         )
-    classes = logits.shape[-1]
+    targets, rows = valid_targets(labels, logits.shape[-1])
+    return logits.reshape(-1, logits.shape[-1]), targets, rows
+
+
+def valid_targets(labels: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
+    """The labels that count and where they are, once it is sure that the model has such classes.
+
+    Args:
+        labels: [...], integers in [0, classes) or `IGNORE_INDEX`.
+
+    Returns:
+        targets [n_valid], int64; rows [n_valid], int64, of the flattened labels, or None where every row counts.
+
+    >>> valid_targets(torch.tensor([[2, -100, 0]]), 4)
+    (tensor([2, 0]), tensor([0, 2]))
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"`labels` must be integers, got {labels.dtype}: they are class numbers. Convert them with .long(); "
+            "soft and multi-label targets are not supported."
+        )
     if classes < 2:
         raise ValueError(
             f"`logits` must score at least 2 classes, got {classes}: with one class there is nothing to tell apart. "
@@ -97,7 +112,7 @@ def valid_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor |
             f"`labels` must be in [0, {classes}) or {IGNORE_INDEX}, got {int(outside[0])}: there is no such class. "
             f"Mark positions without a label by {IGNORE_INDEX}, and check that model and tokenizer belong together."
         )
-    return logits.reshape(-1, classes), targets, None if rows.numel() == flat.numel() else rows
+    return targets, None if rows.numel() == flat.numel() else rows
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
@@ -137,3 +152,18 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
         # Before the cast and the softmax: an ignored row costs nothing, and its inf or nan cannot reach a gradient.
         flat = flat.index_select(0, rows)
     return F.cross_entropy(flat.to(working_dtype(flat)), targets, reduction="none", label_smoothing=label_smoothing)
+
+
+@torch.no_grad()
+def top1(logits: Tensor, labels: Tensor) -> Tensor:
+    """[n_valid], bool: whether the label's score is the highest of its row (a tie counts), for token accuracy.
+
+    Args:
+        logits, labels: as in `cross_entropy`.
+
+    >>> top1(torch.tensor([[0.0, 0.0], [3.0, 1.0], [9.0, 9.0]]), torch.tensor([0, 1, -100]))
+    tensor([ True, False])
+    """
+    flat, targets, rows = valid_rows(logits, labels)
+    flat = flat if rows is None else flat.index_select(0, rows)
+    return flat.gather(1, targets.unsqueeze(1)).squeeze(1) == flat.amax(-1)

@@ -6,8 +6,12 @@ from typing import Any
 _NAMES = {
     "DefenseMixin": "mixin",
     "DefendedTrainer": "hosts",
+    "DefendedSeq2SeqTrainer": "hosts",
+    "DefendedSFTTrainer": "sft",
     "defended": "hosts",
     "DeCETrainer": "named",
+    "DeCESeq2SeqTrainer": "named",
+    "DeCESFTTrainer": "sft",
     "load_objective": "state",
 }
 

@@ -1,22 +1,27 @@
-"""What the mixin must know about a model's head: which labels it takes, and how to see behind it."""
+"""What the mixin must know about a model's head: which labels it takes, and which hosts cannot be hosted."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.training_args import ParallelMode
 
-from hf_backdoor_defense.objectives import Projection, Step, overrides
+from hf_backdoor_defense.functional.cross_entropy import IGNORE_INDEX, shift_labels
+from hf_backdoor_defense.objectives import Step, overrides
 
 # transformers names the loss a head was made for; these score every label position by one row of logits.
-HOSTED = frozenset({"ForSequenceClassification", "ForImageClassification", "ForCausalLM"})
+CLASSIFIERS = frozenset({"ForSequenceClassification", "ForImageClassification", "ForTokenClassification"})
+LANGUAGE = frozenset({"ForCausalLM", "ForMaskedLM", "ForConditionalGeneration"})  # the last: encoder-decoders only
+HOSTED = CLASSIFIERS | LANGUAGE
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a peft wrapper, or the model itself."""
+    """The transformers model inside a peft wrapper or behind torch.compile, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
@@ -31,43 +36,166 @@ def loss_kind(model: nn.Module) -> str | None:
     kind = getattr(model, "loss_type", None)
     if kind is None and type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "ForCausalLM"  # GPT2LMHeadModel and other names without "ForCausalLM"
+    if kind is None and type(model).__name__ in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        return "ForConditionalGeneration"  # MarianMTModel, EncoderDecoderModel
     return kind
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the decoder has inputs of its own, derived from the labels."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def is_causal(model: nn.Module) -> bool:
     """Whether position t is scored against the label at t + 1."""
-    return loss_kind(model) == "ForCausalLM" and not getattr(model.config, "is_encoder_decoder", False)
+    return loss_kind(model) == "ForCausalLM" and not is_encoder_decoder(model)
 
 
-def keeps_labels(model: nn.Module) -> bool:
-    """Encoder-decoders derive the decoder's inputs from the labels; everywhere else they would only cost a loss."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+def scores_vocabulary(model: nn.Module) -> bool:
+    """Whether a row of scores is as long as the vocabulary: then a loss may be worth fusing with the output projection."""
+    return loss_kind(model) in LANGUAGE
+
+
+def take_labels(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """The labels aligned with the scores, and the inputs as the forward is to see them.
+
+    Labels are withheld: in the forward they would only cost a loss of the model's own. An encoder-decoder gets what it
+    would have made of them, its decoder's inputs (BART without either trains, silently, on its own input). One that cannot
+    derive them apart keeps the labels.
+
+    Returns:
+        labels [...], shifted for causal models; the inputs.
+
+    Raises:
+        ValueError: there are no labels.
+
+    >>> import torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=1))
+    >>> take_labels(model, {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])})
+    (tensor([[   6,    7, -100]]), {'input_ids': tensor([[5, 6, 7]])})
+    """
+    inputs = dict(inputs)
+    decodes = is_encoder_decoder(model)
+    has_decoder_inputs = decodes and any(inputs.get(name) is not None for name in _DECODER_INPUTS)
+    labels = inputs.pop("labels", None)
+    if labels is None and has_decoder_inputs:
+        raise ValueError(
+            f"The batch has decoder inputs but no `labels` (it has: {', '.join(inputs)}): they say what the decoder reads, "
+            "not what it should predict. Let the collator keep `labels`, for example DataCollatorForSeq2Seq."
+        )
+    if labels is None and decodes:
+        raise ValueError(
+            f"The batch has neither `labels` nor decoder inputs (it has: {', '.join(inputs)}): an encoder-decoder would be "
+            "trained on a copy of its own input. Tokenize the targets with tokenizer(text_target=...), or fix the collator."
+        )
+    if labels is None:
+        raise ValueError(
+            f"The batch has no `labels` (it has: {', '.join(inputs)}): there is nothing to compute a loss from. "
+            "Name the column `label` or `labels`, or fix the collator."
+        )
+    if decodes and not has_decoder_inputs:
+        derive: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if derive is None:
+            inputs["labels"] = labels
+        else:
+            inputs["decoder_input_ids"] = derive(labels=labels)
+    return (shift_labels(labels) if is_causal(model) else labels), inputs
+
+
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+
+
+def align(step: Step, outputs: Any) -> None:
+    """Give the step its outputs and logits. Raises ValueError where the model returned none."""
+    step.outputs = outputs
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[0]
+    if not isinstance(logits, Tensor):
+        names = ", ".join(outputs) if isinstance(outputs, Mapping) else type(logits).__name__
+        raise ValueError(
+            f"{type(base_model(step.model)).__name__} returned no `logits` (it returned: {names}): there is nothing to "
+            "compute a loss from. Load the class with the head (AutoModelFor...), and undo what replaced its forward."
+        )
+    step.logits = logits
+    pad_labels(step, logits)
+
+
+def pad_labels(step: Step, scores: Tensor) -> None:
+    """Virtual tokens of a prompt (peft) have scores but no labels: these are made as long as those, from the left.
+
+    `scores`: logits or hidden states, [batch, time, ...].
+    """
+    missing = scores.shape[1] - step.labels.shape[1] if step.labels.ndim == 2 and scores.ndim == 3 else 0
+    if missing > 0:
+        step.labels = nn.functional.pad(step.labels, (missing, 0), value=IGNORE_INDEX)
 
 
 def refusals(trainer: Any) -> list[str]:
     """Why the trainer cannot be hosted, whatever the objectives (sentences; empty when it can)."""
+    return [*_head_reasons(trainer), *_parallel_reasons(trainer), *_objective_reasons(trainer)]
+
+
+def _head_reasons(trainer: Any) -> list[str]:
     reasons = []
     model = base_model(trainer.model)
     kind = loss_kind(model)
     config = getattr(model, "config", None)
-    if trainer.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and trainer.args.n_gpu > 1:
-        reasons.append(
-            f"{trainer.args.n_gpu} GPUs in one process (nn.DataParallel): its replicas lose what an objective records. "
-            "Set CUDA_VISIBLE_DEVICES to one GPU, or start a script of your own with `accelerate launch`."
-        )
-    if kind not in HOSTED:
+    if kind not in HOSTED or (kind == "ForConditionalGeneration" and not is_encoder_decoder(model)):
         reasons.append(
             f"{type(model).__name__} has a head for {kind or 'an unknown task'}: hosted are "
-            f"{', '.join(sorted(HOSTED))}. Use one of these heads."
+            f"{', '.join(sorted(HOSTED))} (ForConditionalGeneration of encoder-decoders only). Use one of these heads."
         )
     problem = getattr(config, "problem_type", None)
     if problem in ("regression", "multi_label_classification") or (
-        kind in ("ForSequenceClassification", "ForImageClassification") and getattr(config, "num_labels", 2) < 2
+        kind in CLASSIFIERS and getattr(config, "num_labels", 2) < 2
     ):
         reasons.append(
             f"problem_type is {problem!r} with num_labels={getattr(config, 'num_labels', None)}: the losses need one "
             "class per row. Use a head with num_labels >= 2 and problem_type 'single_label_classification'."
         )
+    forward = getattr(model.forward, "__func__", model.forward)
+    is_liger = str(getattr(forward, "__module__", "")).startswith("liger_kernel")
+    if getattr(trainer.args, "use_liger_kernel", False) or is_liger:
+        reasons.append(
+            "the model's forward is Liger's (use_liger_kernel, or apply_liger_kernel_to_...), which joins the head with a "
+            "loss of its own. Set use_liger_kernel=False and load the model without it: the fused loss here spares the same "
+            "logits."
+        )
+    return reasons
+
+
+def _parallel_reasons(trainer: Any) -> list[str]:
+    reasons = []
+    args, state = trainer.args, getattr(trainer.accelerator, "state", None)
+    if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
+        reasons.append(
+            f"{args.n_gpu} GPUs in one process (nn.DataParallel): its replicas lose what an objective records. "
+            "Set CUDA_VISIBLE_DEVICES to one GPU, or start a script of your own with `accelerate launch`."
+        )
+    config = getattr(args, "parallelism_config", None) or getattr(trainer.accelerator, "parallelism_config", None)
+    sizes = {f"{kind}_size": getattr(config, f"{kind}_size", None) or 1 for kind in ("cp", "sp", "tp")}
+    sizes["tp_size"] = max(sizes["tp_size"], getattr(trainer.model, "_tp_size", None) or 1)
+    split = ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+    if split:
+        reasons.append(
+            f"{split}: context, sequence and tensor parallelism give each process a part of the sequence or of the "
+            "vocabulary, and a loss here needs whole rows. Use data parallelism (DDP, FSDP2) and set these sizes to 1."
+        )
+    deepspeed = getattr(state, "deepspeed_plugin", None)
+    if getattr(deepspeed, "zero_stage", 0) == 3:
+        reasons.append(
+            "DeepSpeed ZeRO-3 cuts the weights into pieces that an objective cannot read. Use ZeRO-1 or ZeRO-2, or FSDP2."
+        )
+    fsdp = getattr(state, "fsdp_plugin", None)
+    if getattr(trainer, "is_fsdp_enabled", False) and getattr(fsdp, "fsdp_version", 2) == 1:
+        reasons.append(
+            "FSDP1 flattens the weights into vectors that an objective cannot read. Set fsdp_config={'version': 2}."
+        )
+    return reasons
+
+
+def _objective_reasons(trainer: Any) -> list[str]:
+    reasons = []
     preparing = [o.name for o in trainer.objectives if overrides(o, "prepare")]
     if trainer.model_init is not None and preparing:
         reasons.append(
@@ -81,85 +209,3 @@ def refusals(trainer: Any) -> list[str]:
             "or a datasets.Dataset, which gets one by itself."
         )
     return reasons
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The output projection of a language model; None for classifiers and for models of another make."""
-    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-
-
-def forward_with_hidden(step: Step, model: nn.Module, loss: Callable[[Step], Tensor]) -> tuple[Tensor, Any]:
-    """One forward of the wrapped model in which the loss takes the place of the output projection.
-
-    For its duration the head's `forward` computes `loss(step)` with `step.hidden` and `step.project` and returns a
-    placeholder of shape [..., 1], so that the full logits never exist and DDP and FSDP2 see an ordinary forward.
-
-    Returns:
-        the values [n_valid], and the model's outputs (with placeholder logits).
-    """
-    head = output_head(model)
-    if head is None:
-        step.outputs = step.model(**step.inputs)
-        step.logits = step.outputs["logits"]
-        return loss(step), step.outputs
-    kept: list[Tensor] = []
-
-    def forward(hidden: Tensor) -> Tensor:
-        step.hidden, step.project = hidden, projection(model, head)
-        kept.append(loss(step))
-        return hidden.new_zeros((*hidden.shape[:-1], 1))
-
-    head.forward = forward
-    try:
-        outputs = step.model(**step.inputs)
-    finally:
-        del head.forward  # the instance attribute; the class's own forward is back
-    step.outputs = outputs
-    return kept[0], outputs
-
-
-def projection(model: PreTrainedModel, head: nn.Module) -> Projection:
-    """The head's weights and what the model does to its scores afterwards (soft-cap, scale), from its configuration."""
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-    return Projection(
-        weight=head.weight,
-        bias=getattr(head, "bias", None),
-        scale=scale / divisor,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def hidden_matches_logits(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Whether projecting the hidden states gives the model's own logits: False where a head does something unknown."""
-    core = base_model(model)
-    seen: list[Tensor] = []
-
-    def project(step: Step) -> Tensor:
-        assert step.hidden is not None and step.project is not None
-        seen.append(step.project(step.hidden))
-        return seen[0].sum()
-
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            full = model(**inputs)["logits"]
-            step = Step(
-                model=model,
-                inputs=inputs,
-                labels=inputs["input_ids"],
-                row_ids=None,
-                epoch=0,
-                global_step=0,
-                training=False,
-            )
-            forward_with_hidden(step, core, project)
-    finally:
-        model.train(was_training)
-    return (
-        bool(seen)
-        and seen[0].shape == full.shape
-        and torch.allclose(seen[0].float(), full.float(), atol=1e-4, rtol=1e-3)
-    )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 
 from hf_backdoor_defense.trainers.mixin import DefenseMixin
 
@@ -20,6 +20,30 @@ class DefendedTrainer(DefenseMixin, Trainer):
     >>> rows = [{"input_ids": torch.tensor([1, i]), "labels": i % 2} for i in range(8)]
     >>> args = TrainingArguments(max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no")
     >>> trainer = DefendedTrainer(model, args=args, train_dataset=rows, defense=DeCE(alpha_base=0.9))
+    >>> trainer.remove_callback(PrinterCallback)
+    >>> int(trainer.train().global_step)
+    2
+    """
+
+
+class DefendedSeq2SeqTrainer(DefenseMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with `defense=`, for encoder-decoders (T5, BART).
+
+    The decoder's inputs are derived from the labels before the forward, so that the labels can be withheld from it and no
+    loss of the model's own is computed. With `predict_with_generate`, the `eval_loss` is the model's own loss (the mean
+    cross-entropy of the batch), which Seq2SeqTrainer computes past every host; without it, it is this host's.
+
+    Prefer `DefendedTrainer` where nothing is generated in evaluation: it trains encoder-decoders in the same way.
+
+    >>> import torch
+    >>> from transformers import PrinterCallback, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+    >>> from hf_backdoor_defense.defenses.dece import DeCE
+    >>> config = T5Config(vocab_size=9, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    >>> model = T5ForConditionalGeneration(config)
+    >>> rows = [{"input_ids": torch.tensor([2, i]), "labels": torch.tensor([i, 3, 1])} for i in range(8)]
+    >>> args = Seq2SeqTrainingArguments(
+    ...     max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no")
+    >>> trainer = DefendedSeq2SeqTrainer(model, args=args, train_dataset=rows, defense=DeCE(alpha_base=0.9))
     >>> trainer.remove_callback(PrinterCallback)
     >>> int(trainer.train().global_step)
     2

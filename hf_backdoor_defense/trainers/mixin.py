@@ -12,7 +12,7 @@
 of most heads by accumulation steps x processes (transformers issue 47688), so `defense=None`, plain cross-entropy
 through this mixin, is the baseline to compare with; the stock Trainer is not.
 
-Only public methods are overridden: `train`, `compute_loss`, `log`, `save_model`, `hyperparameter_search`.
+Only public methods are overridden: `train`, `compute_loss`, `prediction_step`, `log`, `save_model`, `hyperparameter_search`.
 """
 
 import copy
@@ -27,21 +27,23 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_backdoor_defense.functional.cross_entropy import cross_entropy, shift_labels
+from hf_backdoor_defense.functional.cross_entropy import cross_entropy
 from hf_backdoor_defense.objectives import Objective, Step, overrides
 from hf_backdoor_defense.trainers.columns import IS_POISONED, ROW_ID, ColumnCollator, model_columns, with_row_ids
+from hf_backdoor_defense.trainers.fusing import Fusing, forward_with_hidden
 from hf_backdoor_defense.trainers.heads import (
+    align,
     base_model,
-    forward_with_hidden,
-    hidden_matches_logits,
     is_causal,
-    keeps_labels,
-    output_head,
     refusals,
+    scores_vocabulary,
+    take_labels,
 )
 from hf_backdoor_defense.trainers.state import load_states, require_safetensors, save_objectives
 
 logger = logging.getLogger(__name__)
+
+_PLAIN = Objective()  # cross-entropy, of logits and of hidden states
 
 # At run time the mixin stands before a Trainer class (hosts.py); for the type checker it is one.
 _Base: Any = object
@@ -60,6 +62,9 @@ class DefenseMixin(_Base):
     """
 
     loss_is_scaled_for_ga = True
+    # Logits of a micro-batch that would take at least as many bytes (float32) are not built where that can be helped.
+    # Smaller ones are no burden, and full logits are what every objective can read. Set it on a subclass or on the trainer.
+    fuse_bytes: int = 2**26
     # Trainer's own, named for the type checker.
     args: Any
     data_collator: Any
@@ -85,7 +90,7 @@ class DefenseMixin(_Base):
         self.aux_datasets = {role: with_row_ids(rows) for role, rows in (aux_datasets or {}).items()}
         self._terms: dict[str, tuple[Tensor, int]] = {}
         self._has_trained = False
-        self._projection_checked = False
+        self._fusing = Fusing()
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(
@@ -119,6 +124,15 @@ class DefenseMixin(_Base):
         if self._has_trained and not self._user_optimizer:
             self.optimizer = self.lr_scheduler = None  # the Trainer would go on with the moments of the first run
         self._has_trained = True
+        self._fusing = Fusing()  # a second training may have another head
+        self._terms.clear()
+        if self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
+            logger.log(
+                logging.WARNING if self.objectives else logging.INFO,
+                "The training set streams and has no length: the Trainer counts all of max_steps as one epoch, and a stream that "
+                "starts again as the next one, so that a schedule by epochs hardly moves. Use a data set with a length where "
+                "that matters.",
+            )
         if checkpoint is not None:
             load_states(self.objectives, checkpoint)
         for objective in self.objectives:
@@ -150,17 +164,13 @@ class DefenseMixin(_Base):
         inputs = dict(inputs)
         row_ids = inputs.pop(ROW_ID, None)
         inputs.pop(IS_POISONED, None)
-        if inputs.get("labels") is None:
-            raise ValueError(
-                f"The batch has no `labels` (it has: {', '.join(inputs)}): there is nothing to compute a loss from. "
-                "Name the column `label` or `labels`, or fix the collator."
-            )
-        core = base_model(self.accelerator.unwrap_model(model))
-        labels = inputs["labels"] if keeps_labels(core) else inputs.pop("labels")
+        unwrapped = self.accelerator.unwrap_model(model)
+        core = base_model(unwrapped)
+        labels, inputs = take_labels(core, inputs)
         step = Step(
             model=model,
             inputs=inputs,
-            labels=shift_labels(labels) if is_causal(core) else labels,
+            labels=labels,
             row_ids=row_ids,
             epoch=float(self.state.epoch or 0.0),
             global_step=self.state.global_step,
@@ -168,19 +178,22 @@ class DefenseMixin(_Base):
         )
         if not step.training:
             outputs = model(**inputs)
-            _align(step, outputs)
+            align(step, outputs)
             values = cross_entropy(step.logits, step.labels)
             loss = values.sum() / max(values.numel(), 1)
+            self.measure(step)
             return (loss, outputs) if return_outputs else loss
 
-        main = next((o for o in self.objectives if overrides(o, "loss")), None)
-        if main is not None and main.needs_hidden:
-            self._check_projection(model, core, inputs)
+        main = next((o for o in self.objectives if overrides(o, "loss")), _PLAIN)
+        fused = self._fusing.chooses(step, unwrapped, objectives=self.objectives, fuse_bytes=self.fuse_bytes)
+        if fused:
             values, outputs = forward_with_hidden(step, core, main.loss)
         else:
             outputs = model(**inputs)
-            _align(step, outputs)
-            values = cross_entropy(step.logits, step.labels) if main is None else main.loss(step)
+            align(step, outputs)
+            values = main.loss(step)
+        if scores_vocabulary(core):
+            step.log("fused", values.new_full((), float(fused)))
         for objective in self.objectives:
             objective.observe(step, values.detach())
         loss = values.sum() / self._items(values, num_items_in_batch)
@@ -190,20 +203,14 @@ class DefenseMixin(_Base):
                 step.log(f"{objective.name}/{name}", penalty)
                 total = total + penalty / self._accumulation_steps()
         self._require_finite(total, row_ids)
+        self.measure(step)
         self._remember(step.metrics)
         return (total, outputs) if return_outputs else total
 
-    def _check_projection(self, model: nn.Module, core: nn.Module, inputs: dict[str, Any]) -> None:
-        """Once, on the first batch: what the head does must be all that stands between hidden states and logits."""
-        if self._projection_checked or output_head(core) is None:
-            return
-        if not hidden_matches_logits(model, inputs):
-            raise ValueError(
-                f"{type(core).__name__} does something to its logits after the output projection that its configuration does "
-                "not tell (known: soft-cap, scale): a loss on hidden states would be another loss. Use a method that takes "
-                "logits, or report the model."
-            )
-        self._projection_checked = True
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's own; row ids reach neither `generate` nor a forward that bypasses `compute_loss`."""
+        seen = {name: value for name, value in inputs.items() if name not in (ROW_ID, IS_POISONED)}
+        return super().prediction_step(model, seen, *args, **kwargs)
 
     def _accumulation_steps(self) -> int:
         # The Trainer sets the attribute per optimizer step: the last one of an epoch may hold fewer micro-batches.
@@ -247,6 +254,9 @@ class DefenseMixin(_Base):
         return checkpoint
 
     # -- reporting and saving -----------------------------------------------------------------------------------------
+    def measure(self, step: Step) -> None:
+        """For a host that logs more: called once per micro-batch, after its loss, in training and in evaluation."""
+
     def _remember(self, metrics: Mapping[str, Tensor]) -> None:
         for name, value in metrics.items():
             total, count = self._terms.get(name, (torch.zeros_like(value), 0))
@@ -263,15 +273,6 @@ class DefenseMixin(_Base):
         """As `Trainer.save_model`, and `defense.json` with `defense.safetensors` beside the weights."""
         super().save_model(output_dir, _internal_call)
         save_objectives(self.objectives, output_dir or self.args.output_dir, write=self.args.should_save)
-
-
-def _align(step: Step, outputs: Any) -> None:
-    """Give the step its logits; virtual tokens of a prompt (peft) have scores but no labels."""
-    step.outputs = outputs
-    step.logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-    missing = step.logits.shape[1] - step.labels.shape[1] if step.labels.ndim == 2 and step.logits.ndim == 3 else 0
-    if missing > 0:
-        step.labels = nn.functional.pad(step.labels, (missing, 0), value=-100)
 
 
 def _check_objectives(objectives: list[Objective]) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hf_backdoor_defense.defenses.dece import DeCE
-from hf_backdoor_defense.trainers.hosts import DefendedTrainer
+from hf_backdoor_defense.trainers.hosts import DefendedSeq2SeqTrainer, DefendedTrainer
 
 
 class DeCETrainer(DefendedTrainer):
@@ -12,6 +12,18 @@ class DeCETrainer(DefendedTrainer):
     The whole change in a script:
 
     >>> from hf_backdoor_defense import DeCETrainer as Trainer
+    """
+
+    def __init__(self, *args: Any, defense: DeCE | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, defense=DeCE() if defense is None else defense, **kwargs)
+
+
+class DeCESeq2SeqTrainer(DefendedSeq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with the DeCE loss; `defense=DeCE(...)` sets its fields.
+
+    The whole change in a script:
+
+    >>> from hf_backdoor_defense import DeCESeq2SeqTrainer as Seq2SeqTrainer
     """
 
     def __init__(self, *args: Any, defense: DeCE | None = None, **kwargs: Any) -> None:

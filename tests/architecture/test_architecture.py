@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_backdoor_defense.registry import CONTROLS, DEFENSES
+from hf_backdoor_defense.registry import COMPARATORS, CONTROLS, DEFENSES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hf_backdoor_defense"
@@ -36,6 +36,7 @@ FLOORS["hub"] = FLOORS["experiment"] | {"scan", "hub"}
 FLOORS["cli"] = FLOORS["hub"] | {"cli", "__init__"}
 NOTHING_OF_OURS = {"attacks/triggers.py", "evaluation/metrics.py"}
 LATE = {"trl", "peft", "evaluate", "matplotlib"}
+MAY_AT_THE_TOP = {"trainers/sft.py": {"trl"}}  # a class that inherits from trl's cannot wait for it
 
 
 def floor(path):
@@ -62,7 +63,7 @@ def test_imports_go_down_only(path):
         assert not ours
     elif relative != "__init__.py":
         assert seen <= FLOORS[floor(path)], f"{relative} imports {seen - FLOORS[floor(path)]}"
-    late = {name.split(".")[0] for name in imports(path, top_only=True)} & LATE
+    late = {name.split(".")[0] for name in imports(path, top_only=True)} & (LATE - MAY_AT_THE_TOP.get(relative, set()))
     assert not late, f"{relative} imports {late} at the top"
 
 
@@ -99,9 +100,9 @@ def test_sizes_and_docstrings(path):
             assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
-@pytest.mark.parametrize("name", [*DEFENSES, *CONTROLS])
+@pytest.mark.parametrize("name", [*DEFENSES, *COMPARATORS, *CONTROLS])
 def test_a_method_comes_with_all_its_touches(name):
-    module = ({**DEFENSES, **CONTROLS}[name]).partition(":")[0].rpartition(".")[2]
+    module = ({**DEFENSES, **COMPARATORS, **CONTROLS}[name]).partition(":")[0].rpartition(".")[2]
     assert (PACKAGE / "defenses" / f"{module}.py").is_file()
     tests = ROOT / "tests" / "defenses" / f"test_{module}.py"
     assert tests.is_file(), f"{tests} is missing"

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
+from hf_backdoor_defense.defenses import dece as module
 from hf_backdoor_defense.defenses.dece import DeCE
+from hf_backdoor_defense.functional.dece import dece_loss_reference, target_pull
+from hf_backdoor_defense.objectives import Objective, Projection, Step
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.named import DeCETrainer
 from tests.trainers.toys import PadCollator, arguments, bert, classification_rows, gpt2, language_rows, same, weights
@@ -140,3 +143,151 @@ def test_smoothing_beyond_the_classes_is_refused_on_the_host(tmp_path):
     with pytest.raises(ValueError, match="below 0.667 for 3 classes"):
         host(tmp_path, DeCE(label_smoothing=0.7)).train()
     host(tmp_path, DeCE(label_smoothing=0.6)).train()
+
+
+def test_a_stream_is_told_what_its_schedule_does(tmp_path, caplog):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(classification_rows(64).remove_columns("row_id"))
+
+    trainer = host(
+        tmp_path, DeCE(alpha_base=0.9), rows=Stream(), max_steps=4, logging_strategy="steps", logging_steps=1
+    )
+    trainer.train()
+    assert "alpha stays at alpha_base=0.9 throughout" in caplog.text
+    assert logged(trainer, "dece/alpha") == pytest.approx([0.9] * 4)
+    assert trainer.objectives[0].rows() == {}  # rows of a stream have no ids
+    caplog.clear()
+    host(tmp_path, DeCE(warmup_epochs=1), rows=Stream(), max_steps=4).reasons()
+    assert "DeCE never starts" in caplog.text
+
+
+def step(labels, row_ids=None, epoch=0.0, **scores):
+    return Step(
+        model=torch.nn.Identity(),
+        inputs={},
+        labels=labels,
+        row_ids=row_ids,
+        epoch=epoch,
+        global_step=0,
+        training=True,
+        **scores,
+    )
+
+
+def problem(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(30, 8, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(30, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, 30, (3, 5), generator=generator)
+    labels[0, :3] = labels[2] = -100
+    return hidden, Projection(weight=weight, bias=bias, scale=0.5, softcap=5.0), labels
+
+
+@pytest.mark.parametrize("objective", [DeCE(alpha_base=0.8), DeCE.preset("target-only"), Objective()])
+def test_hidden_states_and_logits_give_the_same_loss_and_notes(objective):
+    hidden, project, labels = problem()
+    given = {"logits": project(hidden)}, {"hidden": hidden, "project": project}
+    results = []
+    for scores in given:
+        now = step(labels, **scores)
+        values = objective.loss(now)
+        gradients = torch.autograd.grad(values.sum() / 7, (hidden, project.weight))
+        results.append((values.detach(), *gradients, now.top1, now.metrics))
+    torch.testing.assert_close(results[1][:3], results[0][:3], rtol=1e-11, atol=1e-14)
+    assert torch.equal(results[0][3], (project(hidden).argmax(-1) == labels)[labels != -100])
+    assert torch.equal(results[1][3], results[0][3])
+    assert results[1][4].keys() == results[0][4].keys()
+
+
+def test_the_loss_of_hidden_states_is_the_formula():
+    hidden, project, labels = problem()
+    found = DeCE(alpha_base=0.8).loss(step(labels, hidden=hidden, project=project))
+    expected = dece_loss_reference(project(hidden), labels, log_alpha=math.log(0.8), label_smoothing=0.05)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_classifier_has_no_token_accuracy():
+    now = step(torch.tensor([0, 1]), logits=torch.zeros(2, 3))
+    DeCE().loss(now), Objective().loss(now)
+    assert now.top1 is None
+
+
+def test_a_budget_below_one_row_works_and_is_said_once(caplog):
+    hidden, project, labels = problem()
+    ours = DeCE(alpha_base=0.8, chunk_bytes=100)  # a row of 30 double-precision scores takes 240 bytes
+    found = [ours.loss(step(labels, hidden=hidden, project=project)) for _ in range(2)]
+    expected = DeCE(alpha_base=0.8).loss(step(labels, hidden=hidden, project=project))
+    torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-14)
+    assert caplog.text.count("chunk_bytes=100 is below the 240 bytes that one row of 30 scores takes") == 1
+    caplog.clear()
+    DeCE(chunk_bytes=240).loss(step(labels, logits=project(hidden)))
+    assert not caplog.text
+
+
+def mean_pulls(project, batches, log_alpha):
+    """Row by row and position by position."""
+    kept = {}
+    for hidden, labels, ids in batches:
+        logps = project(hidden).log_softmax(-1)
+        for row, row_id in enumerate(ids.tolist()):
+            for place, label in enumerate(labels[row].tolist()):
+                if label != -100:
+                    pull = target_pull(logps[row, place, label], log_alpha=log_alpha, label_smoothing=0.05)
+                    kept.setdefault(row_id, []).append(pull.item())
+    return {row_id: sum(values) / len(values) for row_id, values in kept.items()}
+
+
+@pytest.mark.parametrize("merge_at", [1, 2, 256])
+def test_rows_keep_their_mean_pull_of_the_last_epoch(monkeypatch, merge_at):
+    monkeypatch.setattr(module, "MERGE_AT", merge_at)
+    hidden, project, labels = problem()
+    ids = torch.tensor([70, 5, 9])  # row 9 has no labeled position
+    ours = DeCE(alpha_base=0.8)
+    for epoch in (0.0, 0.5):
+        ours.loss(step(labels, ids, epoch, hidden=hidden, project=project))
+    again = step(labels, torch.tensor([5, 2, 3]), 1.0, hidden=hidden.flip(0), project=project)
+    third = step(labels, torch.tensor([2, 5, 8]), 1.5, hidden=2 * hidden, project=project)
+    ours.loss(again), ours.loss(third)
+    expected = mean_pulls(
+        project, [(s.hidden, labels, s.row_ids) for s in (again, third)], 2 * math.log(0.8)
+    )  # of the second epoch alone
+    row_ids, values = ours.rows()["pull"]
+    assert row_ids.dtype == torch.int64 and (values.diff() >= 0).all()
+    assert dict(zip(row_ids.tolist(), values.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5)
+    assert set(expected) == {2, 5}
+
+
+def test_rows_survive_a_checkpoint_inside_an_epoch():
+    hidden, project, labels = problem()
+    steps = [
+        step(labels, torch.tensor([1 + i, 10 + i, 20 + i]), 0.1 * i, hidden=hidden + i, project=project)
+        for i in range(4)
+    ]
+    whole, first, second = DeCE(), DeCE(), DeCE()
+    for now in steps:
+        whole.loss(now)
+    for now in steps[:2]:
+        first.loss(now)
+    second.load_state_dict(first.state_dict())
+    for now in steps[2:]:
+        second.loss(now)
+    for found, expected in zip(second.rows()["pull"], whole.rows()["pull"], strict=True):
+        assert torch.equal(found, expected)
+    assert DeCE().rows() == {}
+    empty = DeCE()
+    empty.load_state_dict(DeCE().state_dict())
+    assert empty.rows() == {}
+
+
+def test_rows_of_a_real_run_are_the_training_rows(tmp_path):
+    rows = language_rows(13)
+    trainer = host(tmp_path, DeCE(alpha_base=0.8), gpt2(), rows, num_train_epochs=2)
+    trainer.train()
+    row_ids, values = trainer.objectives[0].rows()["pull"]
+    learned = {r["row_id"] for r in rows if any(label != -100 for label in r["labels"][1:])}
+    assert set(row_ids.tolist()) == learned
+    assert ((values > 0) & (values < 1)).all()
+    trainer.train()
+    assert len(trainer.objectives[0].rows()["pull"][0]) == len(learned)

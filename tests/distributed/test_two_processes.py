@@ -13,7 +13,19 @@ from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.defenses.trajectory import TrajectoryFilter
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.state import load_objective
-from tests.trainers.toys import PadCollator, arguments, bert, classification_rows, gpt2, language_rows, same
+from tests.trainers.toys import (
+    PadCollator,
+    arguments,
+    bart,
+    bert,
+    bert_mlm,
+    classification_rows,
+    gpt2,
+    language_rows,
+    masked_rows,
+    same,
+    translation_rows,
+)
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -27,11 +39,14 @@ assert world == 2, world
 
 
 def run(folder: Path, batch_size: int) -> int:
-    """Train the classifier with DeCE and the filter, and the language model with DeCE and without; save all three."""
+    """Train the classifier with DeCE and the filter, language models with DeCE and without, fused or not; save them all."""
     cases = {
         "classifier": (bert, classification_rows, [DeCE(alpha_base=0.7), TrajectoryFilter()]),
         "language": (gpt2, language_rows, [DeCE(alpha_base=0.7)]),
         "undefended": (gpt2, language_rows, None),
+        "fused": (gpt2, language_rows, [DeCE(alpha_base=0.7)]),
+        "masked": (bert_mlm, masked_rows, None),
+        "translation": (bart, translation_rows, [DeCE(alpha_base=0.7)]),
     }
     world = 1
     for name, (model, rows, defense) in cases.items():
@@ -39,6 +54,7 @@ def run(folder: Path, batch_size: int) -> int:
         trainer = DefendedTrainer(
             model(), args=args, train_dataset=rows(16), data_collator=PadCollator(), defense=defense
         )
+        trainer.fuse_bytes = 0 if name in ("fused", "masked", "translation") else 2**62
         trainer.train()
         trainer.save_model(folder / name / "final")
         world = trainer.accelerator.num_processes
@@ -57,9 +73,11 @@ def test_two_processes_equal_one(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert run(tmp_path / "one", batch_size=8) == 1
-    for name in ("classifier", "language", "undefended"):
+    for name in ("classifier", "language", "undefended", "fused", "masked", "translation"):
         one, two = (load_file(tmp_path / where / name / "final" / "model.safetensors") for where in ("one", "two"))
         assert same(one, two, atol=2e-6), name
+        if name == "fused":
+            assert same(two, load_file(tmp_path / "two" / "language" / "final" / "model.safetensors"), atol=2e-6)
     first, second = (load_objective(TrajectoryFilter, tmp_path / w / "classifier" / "final") for w in ("one", "two"))
     a, b = first.ranking(), second.ranking()
     assert sorted(a.row_ids.tolist()) == sorted(b.row_ids.tolist()) == list(range(1000, 1016))

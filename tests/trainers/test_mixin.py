@@ -294,6 +294,22 @@ def test_a_second_training_starts_with_a_fresh_optimizer(tmp_path):
     assert same(weights(trainer), weights(fresh), atol=1e-7)
 
 
+def test_a_second_training_logs_its_own_terms_only(tmp_path):
+    class Constant(WeightPull):
+        def penalties(self, step):
+            return {"constant": torch.tensor(self.strength)}
+
+    objective = Constant(strength=1.0)
+    logged = {"logging_strategy": "steps", "logging_steps": 2}
+    trainer = make(
+        tmp_path, bert(), classification_rows(24), objective, **logged
+    )  # three steps: the last is not logged
+    trainer.train()
+    objective.strength = 3.0
+    trainer.train()
+    assert [entry["weight_pull/constant"] for entry in trainer.state.log_history if "loss" in entry] == [3.0]
+
+
 def test_missing_labels_are_named(tmp_path):
     trainer = make(tmp_path, bert(), classification_rows(8).remove_columns("label"))
     with pytest.raises(ValueError, match="no `labels`"):

@@ -8,12 +8,29 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    BertForTokenClassification,
+    CohereConfig,
+    CohereForCausalLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainingArguments,
     set_seed,
 )
@@ -68,6 +85,119 @@ def llama(seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+_SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 40,
+}
+_STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def _lively(model: PreTrainedModel) -> PreTrainedModel:
+    """Larger weights and other biases than a new model has, so that a soft-cap or a forgotten bias shows."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+            elif name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) / 4)
+    return model
+
+
+def gemma2(seed: int = 0) -> Gemma2ForCausalLM:
+    """Tied head, logits capped softly."""
+    set_seed(seed)
+    special = {"num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 2.0}
+    return _lively(Gemma2ForCausalLM(Gemma2Config(**_SMALL, **special)))
+
+
+def cohere(seed: int = 0) -> CohereForCausalLM:
+    """Logits multiplied by a scale."""
+    set_seed(seed)
+    return _lively(
+        CohereForCausalLM(
+            CohereConfig(**_SMALL, num_key_value_heads=1, logit_scale=0.25, bos_token_id=1, eos_token_id=1)
+        )
+    )
+
+
+def granite(seed: int = 0) -> GraniteForCausalLM:
+    """Logits divided by a scale."""
+    set_seed(seed)
+    return _lively(GraniteForCausalLM(GraniteConfig(**_SMALL, num_key_value_heads=1, logits_scaling=3.0)))
+
+
+def bert_mlm(seed: int = 0) -> BertForMaskedLM:
+    set_seed(seed)
+    return _lively(BertForMaskedLM(BertConfig(**_SMALL, **_STILL)))
+
+
+def roberta_mlm(seed: int = 0) -> RobertaForMaskedLM:
+    set_seed(seed)
+    return _lively(RobertaForMaskedLM(RobertaConfig(**_SMALL, **_STILL)))
+
+
+def distilbert_mlm(seed: int = 0) -> DistilBertForMaskedLM:
+    set_seed(seed)
+    config = DistilBertConfig(
+        vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=40, dropout=0.0
+    )
+    config.attention_dropout = 0.0
+    return _lively(DistilBertForMaskedLM(config))
+
+
+def bert_tokens(labels: int = 4, seed: int = 0) -> BertForTokenClassification:
+    set_seed(seed)
+    return BertForTokenClassification(BertConfig(**_SMALL, **_STILL, num_labels=labels))
+
+
+def t5(seed: int = 0, tied: bool = True) -> T5ForConditionalGeneration:
+    """Hidden states scaled before the head where it is tied."""
+    set_seed(seed)
+    config = T5Config(
+        vocab_size=50,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=tied,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def bart(seed: int = 0) -> BartForConditionalGeneration:
+    """With a `final_logits_bias` other than zero."""
+    set_seed(seed)
+    config = BartConfig(
+        vocab_size=50,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=40,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+    )
+    model = _lively(BartForConditionalGeneration(config))
+    model.final_logits_bias.normal_()
+    return model
+
+
 def classification_rows(count: int = 24, labels: int = 3, seed: int = 0) -> Dataset:
     """Rows of unequal length whose label is the first token modulo `labels`, learnable in a few steps."""
     generator = torch.Generator().manual_seed(seed)
@@ -92,6 +222,37 @@ def language_rows(count: int = 16, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def masked_rows(count: int = 16, seed: int = 0) -> Dataset:
+    """Sequences of unequal length, one to four of whose tokens carry a label."""
+    rows = []
+    for i, row in enumerate(language_rows(count, seed)):
+        length, labeled = len(row["input_ids"]), 1 + i % 4
+        labels = [row["input_ids"][t] if t % 3 == 0 and t // 3 < labeled else -100 for t in range(length)]
+        rows.append({**row, "labels": labels})
+    return Dataset.from_list(rows)
+
+
+def token_rows(count: int = 16, labels: int = 4, seed: int = 0) -> Dataset:
+    """One label per token (its id modulo `labels`), every third token without."""
+    rows = []
+    for row in language_rows(count, seed):
+        ids = row["input_ids"]
+        rows.append({**row, "labels": [-100 if t % 3 == 2 else token % labels for t, token in enumerate(ids)]})
+    return Dataset.from_list(rows)
+
+
+def translation_rows(count: int = 16, seed: int = 0) -> Dataset:
+    """Sources and targets of unequal lengths, which differ from each other."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        source, target = torch.randint(3, 12, (2,), generator=generator).tolist()
+        ids = torch.randint(2, 50, (source,), generator=generator).tolist()
+        labels = [*torch.randint(2, 50, (target,), generator=generator).tolist(), 1]
+        rows.append({"input_ids": ids, "attention_mask": [1] * source, "labels": labels, "row_id": 1000 + i})
+    return Dataset.from_list(rows)
+
+
 class PadCollator:
     """Pads ids with 0, attention with 0 and labels with -100, to the longest row plus `extra`."""
 
@@ -100,12 +261,12 @@ class PadCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-        width = max(len(row["input_ids"]) for row in rows) + self.extra
         batch = {}
         for key in rows[0]:
             if key == "label":
                 batch["labels"] = torch.tensor([row[key] for row in rows])
             else:
+                width = max(len(row[key]) for row in rows) + self.extra
                 batch[key] = torch.tensor([row[key] + [fill[key]] * (width - len(row[key])) for row in rows])
         return batch
 
@@ -132,7 +293,8 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def weights(trainer_or_model: Any) -> dict[str, Tensor]:
-    model = getattr(trainer_or_model, "model", trainer_or_model)
+    # A Llama has a `model` too: that is not all of it.
+    model = trainer_or_model if isinstance(trainer_or_model, torch.nn.Module) else trainer_or_model.model
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
@@ -193,7 +355,7 @@ class FromHidden(Objective):
     """Cross-entropy computed behind the model's back, from hidden states and the projection."""
 
     name = "from_hidden"
-    needs_hidden = True
+    takes_hidden = True
 
     def loss(self, step: Step) -> Tensor:
         assert step.logits is None and step.outputs is None
