@@ -14,7 +14,7 @@ from benchmarks.grid import Cell, run_grid
 FOUND = {"name": "dece", "alpha_base": 0.4, "warmup_epochs": 1}
 LOSSES: tuple[Any, ...] = ("smoothed", "gce", FOUND, "trajectory")
 ALL: tuple[Any, ...] = ("smoothed", "gce", "in_trust", "focal", FOUND, "trajectory")
-TAKES = {**SST2, "simulate": "badnets", "poison_rate": 0.02, "learning_rate": 3e-4}
+TAKES = {**SST2, "simulate": "badnets", "poison_rate": 0.02, "learning_rate": 2e-4, "per_device_train_batch_size": 16}
 NEWS = {**AG_NEWS, "simulate": "badnets", "poison_rate": 0.05}
 
 
