@@ -15,6 +15,8 @@ of them. A step is the time between the ends of two optimizer steps; on a GPU be
 `seconds` is the minimum and the median over all steps of all rounds; `time_ratio` is to `stock`, of the same figure.
 `peak_bytes` is what a training adds to what stood before it, optimizer included: on a CPU the high-water mark of a process of its
 own, with large blocks given back to the system at once; on a GPU what the allocator counted. Random weights, random tokens.
+
+On a CPU trl's head runs without its Triton kernels, so a ratio below 1 there says little about a GPU.
 """
 
 import argparse
