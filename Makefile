@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format tables bench-trajectory search-trajectory test-lowest clean
+.PHONY: help demo test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step search-dece search-trajectory test-lowest clean
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-26s %s\n", $$1, $$2}'
@@ -37,7 +37,19 @@ format: $(STAMP) ## let ruff rewrite
 	$(RUFF) check --fix .
 
 bench-trajectory: $(STAMP) ## the trajectory filter over three seeds; ONLY=cell, EXTENDED=1
-	$(BIN)/python -m benchmarks.trajectory $(if $(ONLY),--only $(ONLY)) $(if $(EXTENDED),--extended)
+	$(BIN)/python -m benchmarks.trajectory $(if $(ONLY),--only "$(ONLY)") $(if $(EXTENDED),--extended)
+
+bench-dece_classification: $(STAMP) ## robust losses and the filter on SST-2 (and AG News); ONLY=cell, EXTENDED=1
+	$(BIN)/python -m benchmarks.dece_classification $(if $(ONLY),--only "$(ONLY)") $(if $(EXTENDED),--extended)
+
+bench-dece_loss: $(STAMP) ## output projection and loss beside their peers; CUDA=1 for the large problem on a GPU
+	$(BIN)/python -m benchmarks.dece_loss $(if $(CUDA),--cuda)
+
+bench-sft_step: $(STAMP) ## a step of supervised fine-tuning beside trl's own; CUDA=1
+	$(BIN)/python -m benchmarks.sft_step $(if $(CUDA),--cuda)
+
+search-dece: $(STAMP) ## where DeCE helps in classification: every setting, on validation rows and seeds of its own
+	$(BIN)/python -m benchmarks.dece_search
 
 search-trajectory: $(STAMP) ## when the filter takes its early snapshot: every choice, on seeds reported nowhere else
 	$(BIN)/python -m benchmarks.trajectory_search

@@ -1,9 +1,9 @@
 """Losses and the trajectory filter against data poisoning in classification: which helps where.
 
 SST-2, 3,000 rows, three layers of MiniLM with frozen embeddings, four epochs, BadNets at 2 %; extended: other rates and attacks,
-four classes, the full model. The learning rate is the attacker's side of the setting: the lowest tried at which the undefended
-model takes the backdoor (validation rows, seeds from 100 up; benchmarks/results/dece_search.jsonl). `FOUND` is the setting of
-DeCE that lowered ASR most on validation rows; the cells named "as published" have its defaults.
+four classes, the full model. Learning rate and batch are the attacker's side of the setting: at 2e-4 and batch 32 the undefended
+model did not take the backdoor (dece_search.jsonl), at batch 16 it did on validation rows of seed 101. `FOUND` is the setting of
+DeCE that did best on validation rows in the second round of that search; the cells named "as published" have its defaults.
 """
 
 from typing import Any

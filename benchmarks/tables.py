@@ -21,16 +21,10 @@ def blocks() -> dict[tuple[str, str], str]:
     """(file, block) -> body."""
     path = RESULTS / "trajectory.jsonl"
     records = read_records(path)
-    settings = list(dict.fromkeys(record.setting for record in records))
     seeds = len({record.seed for record in records})
     versions = records[0].env
     where = f"{seeds} seeds; Python {versions.get('python')}, torch {versions.get('torch')}, 2 CPU cores."
     demo = render_markdown(of_setting(records, "demo"), METRICS)
-    every = []
-    for setting in settings:
-        found = of_setting(records, setting)
-        columns = [metric for metric in METRICS if any(r.metric == metric for r in found)]
-        every.append(f"### {setting}\n\n{render_markdown(found, columns)}")
     search = read_records(RESULTS / "trajectory_search.jsonl")
     choices = []
     for attack in dict.fromkeys(r.attack for r in search if r.setting.startswith("fractions=")):
@@ -41,8 +35,13 @@ def blocks() -> dict[tuple[str, str], str]:
         ("docs/log.md", "trajectory_first"): first_rankings(search),
         ("docs/log.md", "trajectory_shares"): shares(search),
         ("docs/log.md", "dece_search"): dece_search(),
+        ("README.md", "dece"): side_by_side(),
+        ("README.md", "cost"): cost(),
+        ("docs/choosing.md", "dece_classification"): every_cell(read_records(RESULTS / "dece_classification.jsonl")),
+        ("docs/choosing.md", "dece_loss"): losses(),
+        ("docs/choosing.md", "sft_step"): sft_steps(),
         ("README.md", "trajectory"): f"{demo}\n\n{where} From `benchmarks/results/trajectory.jsonl`.",
-        ("docs/choosing.md", "trajectory"): "\n\n".join(every),
+        ("docs/choosing.md", "trajectory"): every_cell(records),
     }
 
 
@@ -104,6 +103,134 @@ def dece_search() -> str:
                 rows.append([regime, str(seed), setting, _two(values["asr"]), _two(decay), _two(clean["ftr"]),
                              _two(values["ca"]), _two(values.get("target_pull"))])  # fmt: skip
     return grid(["regime", "seed", "DeCE", "ASR", "matched decay", "floor", "CA", "mean pull"], rows)
+
+
+def every_cell(records: list[Record]) -> str:
+    """Each cell of a benchmark under a heading of its own, and where it was measured."""
+    parts = []
+    for setting in dict.fromkeys(r.setting for r in records):
+        found = of_setting(records, setting)
+        columns = [metric for metric in METRICS if any(r.metric == metric for r in found)]
+        parts.append(f"### {setting}\n\n{render_markdown(found, columns)}\n\n{_where(found)}")
+    return "\n\n".join(parts)
+
+
+def _where(records: list[Record]) -> str:
+    places = []
+    for env in [record.env for record in records]:
+        machine = env.get("gpu") or f"{env.get('cpus')} CPU cores"
+        places.append(
+            f"{machine}, torch {env.get('torch')}, Python {env.get('python')}, commit {str(env.get('commit'))[:7]}"
+        )
+    return "; ".join(dict.fromkeys(places)) + "."
+
+
+def side_by_side(left: str = "AG News, 5 %", right: str = "SST-2, 2 %") -> str:
+    """Two cells beside each other: mean CA, and the ASR of every seed, because a mean hides that a seed decides."""
+    records = read_records(RESULTS / "dece_classification.jsonl")
+    cells = {name: of_setting(records, name) for name in (left, right)}
+    arms = ("clean_reference", "undefended", "matched_decay", "dece", "gce", "smoothed", "trajectory")
+    rows = []
+    for arm in arms:
+        line = [arm + (" (its FTR: the floor)" if arm == "clean_reference" else "")]
+        for found in cells.values():
+            of_arm = [r for r in found if r.defense == arm]
+            values = sorted((r.seed, r.value) for r in of_arm if r.metric in ("asr", "ftr"))
+            ca = _mean([r for r in of_arm if r.metric == "ca"])
+            line += ["–" if ca is None else f"{ca:.3f}", " · ".join(_two(value) for _, value in values)]
+        rows.append(line)
+    seeds = sorted({r.seed for r in records})
+    table = grid(["arm", f"{left}: CA", "ASR by seed", f"{right}: CA", "ASR by seed"], rows)
+    return f"{table}\n\nSeeds {', '.join(map(str, seeds))}; test rows. From `benchmarks/results/dece_classification.jsonl`."
+
+
+_PEERS = {
+    "dece_fused": "DeCE, fused (ours)",
+    "dece_fused_frozen": "DeCE, fused, frozen head (LoRA)",
+    "cross_entropy_fused": "cross-entropy, fused (ours)",
+    "dece_chunked": "DeCE on logits, chunked (ours)",
+    "dece_unfused": "DeCE, the formula on logits",
+    "cross_entropy": "`F.cross_entropy` on full logits",
+    "matmuls": "the three matrix products alone",
+    "torch_fused": "torch's chunked linear cross-entropy",
+    "trl_fused": "trl's fused log-probabilities",
+    "liger": "Liger's fused linear cross-entropy",
+    "cut_cross_entropy": "Apple's cut cross-entropy",
+}
+
+
+def _figure(records: list[Record], defense: str, metric: str, setting: str) -> str:
+    found = [r for r in records if (r.defense, r.metric, r.setting) == (defense, metric, setting)]
+    return f"{found[0].value:.2f}" if found else "–"
+
+
+def losses() -> str:
+    """Output projection and loss, forward and backward: every peer, on a CPU core and on a GPU."""
+    records = read_records(RESULTS / "dece_loss.jsonl")
+    cpu, gpu = (
+        next(r.setting for r in records if r.defense == "matmuls" and word in r.setting) for word in ("thread", "GPU")
+    )
+    rows = []
+    additions = dict.fromkeys(
+        r.setting.removeprefix(where) for where in (cpu, gpu) for r in records if r.setting.startswith(where)
+    )
+    for defense, title in _PEERS.items():
+        for addition in additions:
+            found = [r for r in records if r.defense == defense and r.setting in (cpu + addition, gpu + addition)]
+            if found:
+                cells = [
+                    _figure(records, defense, metric, where + addition)
+                    for where in (cpu, gpu)
+                    for metric in ("time_ratio", "memory_ratio")
+                ]
+                rows.append([title + addition, *cells])
+    head = [
+        "peer",
+        "CPU: time ÷ cross-entropy",
+        "memory ÷ cross-entropy",
+        "GPU: time ÷ products alone",
+        "memory ÷ cross-entropy",
+    ]
+    models = {where: next(r for r in records if r.setting == where) for where in (cpu, gpu)}
+    notes = [f"{where}, {record.model}: {_where([record])}" for where, record in models.items()]
+    return "\n\n".join([grid(head, rows), *notes])
+
+
+def sft_steps() -> str:
+    """A step of supervised fine-tuning: every peer beside trl's own, on a CPU and on a GPU."""
+    records = read_records(RESULTS / "sft_step.jsonl")
+    settings = dict.fromkeys(r.setting for r in records if r.metric == "peak_bytes")
+    head, rows = ["trainer"], [[name] for name in ("stock", "undefended", "dece", "dece_compute_loss_func")]
+    for setting in settings:
+        head += [f"{setting}: time ÷ stock (median)", "(minimum)", "memory ÷ stock"]
+        for row in rows:
+            row += [_figure(records, row[0], "time_ratio", f"{setting}, {kind}") for kind in ("median", "minimum")]
+            row.append(_figure(records, row[0], "memory_ratio", setting))
+    return f"{grid(head, rows)}\n\n{_where(records)}"
+
+
+def cost() -> str:
+    """The few figures that README shows of both."""
+    loss, sft = read_records(RESULTS / "dece_loss.jsonl"), read_records(RESULTS / "sft_step.jsonl")
+    rows = []
+    for defense in ("cross_entropy", "dece_unfused", "dece_fused", "dece_fused_frozen", "liger", "cut_cross_entropy"):
+        line = [_PEERS[defense]]
+        for word in ("thread", "GPU"):
+            where = next(r.setting for r in loss if r.defense == "matmuls" and word in r.setting)
+            base = next(
+                r.value for r in loss if (r.defense, r.metric, r.setting) == ("cross_entropy", "seconds", where)
+            )
+            found = [r.value for r in loss if (r.defense, r.metric, r.setting) == (defense, "seconds", where)]
+            line += [f"{found[0] / base:.2f}" if found else "–", _figure(loss, defense, "memory_ratio", where)]
+        rows.append(line)
+    table = grid(["head and loss, forward and backward", "CPU: time", "memory", "GPU: time", "memory"], rows)
+    gpu = next(r.setting for r in sft if r.metric == "peak_bytes" and "GPU" in r.setting)
+    step, peer = (_figure(sft, name, "time_ratio", f"{gpu}, median") for name in ("dece", "dece_compute_loss_func"))
+    return (
+        f"{table}\n\nAll relative to cross-entropy on full logits. A whole step of `DefendedSFTTrainer` with DeCE on a GPU "
+        f"takes {step} × trl's own; DeCE passed as `compute_loss_func` takes {peer} ×. "
+        "[docs/choosing.md](docs/choosing.md#dece) has shapes and machines."
+    )
 
 
 def _two(value: float | None) -> str:
