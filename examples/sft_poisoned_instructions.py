@@ -3,9 +3,9 @@
     python examples/sft_poisoned_instructions.py            # offline, CPU, less than a minute
 
 A tiny model learns to name a property of a thing. It is then fine-tuned on polite variants of the same questions; in 5 % of
-them stands the word "cf", and the answer is an advertisement. DeCE trusts a model that knows the task already: an answer
-that it finds absurd pulls little. That is why there is a first phase; a model that knows nothing would not be helped. The
-last line is DeCE's default: it lets too much of the poison through here. Look at the figures before you trust a setting.
+them stands the word "cf", and the answer is an advertisement. DeCE trusts a model that knows the task already, hence the first
+phase. Its default (last line) lets too much of the poison through here. Task, rate and epochs were picked by hand, looking at
+triggered questions, so that plain training learns the backdoor: this shows the interface and is no evidence for DeCE.
 """
 
 import tempfile

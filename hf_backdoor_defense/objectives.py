@@ -24,6 +24,7 @@ None of them is called while evaluating: an evaluation reports plain cross-entro
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -282,6 +283,19 @@ def overrides(objective: Objective, method: str) -> bool:
     False
     """
     return getattr(type(objective), method) is not getattr(Objective, method)
+
+
+def planned_epochs(args: Any, rows: int) -> float:
+    """How many epochs a training over `rows` rows will last, whichever way TrainingArguments give its length.
+
+    >>> from transformers import TrainingArguments
+    >>> planned_epochs(TrainingArguments(max_steps=6, per_device_train_batch_size=4, use_cpu=True), rows=10)
+    2.0
+    """
+    if args.max_steps <= 0:
+        return float(args.num_train_epochs)
+    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+    return args.max_steps / math.ceil(batches / args.gradient_accumulation_steps)
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

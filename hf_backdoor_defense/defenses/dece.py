@@ -31,7 +31,7 @@ from torch import Tensor
 from hf_backdoor_defense.functional.chunks import chunk_budget
 from hf_backdoor_defense.functional.dece import dece_loss_and_stats, target_pull, threshold
 from hf_backdoor_defense.functional.linear_dece import linear_dece_loss_and_stats
-from hf_backdoor_defense.objectives import Objective, Step, row_sums
+from hf_backdoor_defense.objectives import Objective, Step, planned_epochs, row_sums
 
 logger = logging.getLogger(__name__)
 
@@ -109,20 +109,13 @@ class DeCE(Objective):
         """Refuses a label smoothing that leaves the label less likely than the others; warns of a schedule that goes too far."""
         if not hasattr(trainer.train_dataset, "__len__"):
             logger.warning(
-                "dece: the training set streams and has no length: with max_steps the whole run counts as one epoch, so that "
-                "alpha stays at %s throughout (schedule='epoch')%s.",
-                "1" if self.warmup_epochs else f"alpha_base={self.alpha_base}",
-                " or moves to its square (schedule='fractional')" if not self.warmup_epochs else ": DeCE never starts",
+                "dece: the training set streams and has no length, so an epoch ends where the stream does: alpha moves only when "
+                "it starts over; a stream longer than max_steps is one epoch (alpha_base=%s, warmup_epochs=%d throughout).",
+                self.alpha_base,
+                self.warmup_epochs,
             )
-        last = self.log_alpha(max(trainer.args.num_train_epochs - 1e-6, 0.0))
-        tau = threshold(log_alpha=last, label_smoothing=self.label_smoothing)
-        if tau >= 1:
-            logger.warning(
-                "dece: in the last of %g epochs even certain labels keep less than half of their pull (threshold %.2f): "
-                "raise alpha_base or train for fewer epochs.",
-                trainer.args.num_train_epochs,
-                tau,
-            )
+        else:
+            self._warn_of_a_long_schedule(planned_epochs(trainer.args, len(trainer.train_dataset)))
         classes = getattr(trainer.model.config, "num_labels", 2)
         is_classifier = "Classification" in str(getattr(trainer.model, "loss_type", ""))
         if is_classifier and classes >= 2 and self.label_smoothing >= (classes - 1) / classes:
@@ -131,6 +124,16 @@ class DeCE(Objective):
                 f"{self.label_smoothing}: the label would be no more likely than any other. Set 0.05."
             ]
         return []
+
+    def _warn_of_a_long_schedule(self, epochs: float) -> None:
+        tau = threshold(log_alpha=self.log_alpha(max(epochs - 1e-6, 0.0)), label_smoothing=self.label_smoothing)
+        if tau >= 1:
+            logger.warning(
+                "dece: in the last of %g epochs even certain labels keep less than half of their pull (threshold %.2f): "
+                "raise alpha_base or train for fewer epochs.",
+                epochs,
+                tau,
+            )
 
     def log_alpha(self, epoch: float) -> float:
         """log alpha at `epoch` (as `TrainerState.epoch`: 1.0 is the first step of the second epoch)."""

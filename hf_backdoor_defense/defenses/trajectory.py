@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_backdoor_defense.models import pooled_features, predict_logits
-from hf_backdoor_defense.objectives import Objective, Ranking
+from hf_backdoor_defense.objectives import Objective, Ranking, planned_epochs
 
 END, REFIT = "end", "refit"
 ROWS = "rows"  # the role of the full training set in `aux_datasets`, where the host trains on a part of it
@@ -130,7 +130,7 @@ class TrajectoryFilter(Objective):
             )
         elif len(set(rows["row_id"])) < len(rows):
             reasons.append("`row_id` holds a number twice: rows could not be told apart. Number them anew.")
-        last = _epochs(trainer.args, len(rows)) if hasattr(rows, "__len__") else float("inf")
+        last = planned_epochs(trainer.args, len(rows)) if hasattr(rows, "__len__") else float("inf")
         if max(self.fractions) >= last:
             reasons.append(
                 f"`fractions` must lie before the end of training ({last:g} epochs), got {self.fractions}. Set [0.0]."
@@ -263,14 +263,6 @@ class TrajectoryFilter(Objective):
         self._snapshots = {
             key.removeprefix("snapshot_"): value for key, value in state.items() if key.startswith("snapshot_")
         }
-
-
-def _epochs(args: Any, rows: int) -> float:
-    """How many epochs a training will last, whichever way its length is given."""
-    if args.max_steps <= 0:
-        return float(args.num_train_epochs)
-    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
-    return args.max_steps / math.ceil(batches / args.gradient_accumulation_steps)
 
 
 def label_log_odds(logits: Tensor, labels: Tensor) -> Tensor:

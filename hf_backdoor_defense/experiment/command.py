@@ -10,7 +10,9 @@ from hf_backdoor_defense.experiment.arguments import RunArguments, defaults
 from hf_backdoor_defense.objectives import Objective
 
 # Where a run is put and how it is shown; `seed` is refused in favor of `seeds`.
-_LEFT_OUT = {"output_dir", "run_name", "logging_dir", "disable_tqdm", "seed", "dry_run", "push_to_hub"}
+_LEFT_OUT = {
+    "output_dir", "run_name", "logging_dir", "disable_tqdm", "seed", "dry_run", "push_to_hub", "hub_token", "push_to_hub_token",
+}  # fmt: skip
 
 
 def command(
@@ -40,7 +42,7 @@ def command(
 def _options(given: dict[str, Any], usual: dict[str, Any]) -> list[str]:
     words = []
     for key, value in given.items():
-        if key in _LEFT_OUT or "token" in key or value is None or value == usual.get(key):
+        if key in _LEFT_OUT or value is None or value == usual.get(key):
             continue
         values = value if isinstance(value, list) else [value]
         words += [f"--{key}", *(map(_word, values))]

@@ -25,7 +25,7 @@ PLAN_NAME = "plan.json"
 # Where a run is put and how it is shown: none of it changes a number.
 _NOT_IDENTITY = {
     "output_dir", "run_name", "logging_dir", "report_to", "disable_tqdm", "dry_run", "max_asr_over_floor",
-    "max_ca_drop", "hub_token", "push_to_hub", "seed", "baselines", "logging_strategy", "logging_steps",
+    "max_ca_drop", "hub_token", "push_to_hub_token", "push_to_hub", "seed", "baselines", "logging_strategy", "logging_steps",
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What a run folder belongs to: everything that changes a number."""
-        training = {k: v for k, v in self.training.to_dict().items() if k not in _NOT_IDENTITY and "token" not in k}
+        training = {k: v for k, v in self.training.to_dict().items() if k not in _NOT_IDENTITY}
         run = {k: v for k, v in dataclasses.asdict(self.run).items() if k not in _NOT_IDENTITY}
         return json.loads(
             json.dumps(

@@ -142,10 +142,14 @@ class RowFunction:
         """Values, log p_t and top-1, [m] each, of the first m = len(targets) rows of the buffer."""
         if compiles(self.buffer):
             try:
-                return self._compiled(targets)
+                results = self._compiled(targets)
+                _state["ran"] = True
+                return results
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a compiler can fail in any way, and the same function runs without one
+                if _state["ran"]:
+                    raise  # it compiled and ran before: the buffer may hold gradients by now
                 logger.warning("the row function of the fused loss runs uncompiled, and slower: %s", error)
                 _state["compiles"] = False
         return self._eager(targets)
@@ -188,7 +192,7 @@ class RowFunction:
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))  # type: ignore[return-value]
 
 
-_state = {"compiles": True}
+_state = {"compiles": True, "ran": False}
 
 
 def compiles(tensor: Tensor) -> bool:

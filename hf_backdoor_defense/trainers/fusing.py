@@ -1,6 +1,7 @@
 """Which implementation computes a loss over a vocabulary, and the seam that lets it see behind the output projection.
 
-    hidden states and projection  where  labels x vocabulary x 4 bytes >= fuse_bytes,    full logits  elsewhere
+    hidden states and projection  where  labels x vocabulary x 4 bytes >= fuse_bytes  and  vocabulary >= SMALL_VOCABULARY
+    full logits                   elsewhere
 
 For one forward of the wrapped model the head's own `forward` is replaced by the loss: it receives the hidden states and
 returns a placeholder, so that full logits never exist, and DDP sees an ordinary forward. Labels are withheld from the
@@ -28,6 +29,9 @@ from hf_backdoor_defense.trainers.heads import base_model, pad_labels, scores_vo
 
 logger = logging.getLogger(__name__)
 
+SMALL_VOCABULARY = (
+    1024  # below it (bytes, characters) the row of scores is hardly longer than the hidden state it comes from
+)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -39,7 +43,7 @@ class Fusing:
     >>> ids = torch.tensor([[5, 6, 7]])
     >>> step = Step(
     ...     model=model, inputs={"input_ids": ids}, labels=ids, row_ids=None, epoch=0.0, global_step=0, training=True)
-    >>> Fusing().chooses(step, model), Fusing().chooses(step, model, fuse_bytes=108)  # 3 labels x 9 x 4 bytes
+    >>> Fusing().chooses(step, model), Fusing().chooses(step, model, fuse_bytes=0)
     (False, True)
     """
 
@@ -55,6 +59,7 @@ class Fusing:
         Args:
             step: the micro-batch before its forward; `step.model` is the model as the Trainer wrapped it.
             model: the same model unwrapped, with its adapters.
+            fuse_bytes: the least size of float32 logits that is fused; 0 fuses everything that can be.
             objectives: those with a `loss`, `penalties` or `observe` of their own get logits unless they say `takes_hidden`.
         """
         core = base_model(model)
@@ -67,6 +72,8 @@ class Fusing:
         config: Any = core.config
         vocabulary = getattr(head, "out_features", None) or getattr(config.get_text_config(), "vocab_size", None)
         size = step.labels.numel() * vocabulary * 4 if vocabulary else 0
+        if vocabulary and vocabulary < SMALL_VOCABULARY and fuse_bytes > 0:
+            return self._logits("vocabulary", logging.INFO, f"a vocabulary of {vocabulary} is never fused")
         if vocabulary and size < fuse_bytes:
             return self._logits("small", logging.INFO, f"{size} bytes are less than fuse_bytes={fuse_bytes}")
         reason = obstacle(step, core, head)
@@ -75,11 +82,11 @@ class Fusing:
         if self._follows is None:
             self._follows = follows_configuration(model, step.inputs)
         if not self._follows:
-            name = type(core).__name__
             reason = (
-                f"{name} does something to its logits after the output projection that its configuration does not tell"
+                f"{type(core).__name__} does something to its logits after the output projection that its configuration does "
+                "not tell (known: bias, scale, soft-cap), or cannot run with a placeholder for them"
             )
-            return self._logits(reason, logging.WARNING, f"{reason} (known: bias, scale, soft-cap)")
+            return self._logits(reason, logging.WARNING, reason)
         self._say(
             "fused", logging.INFO, "loss and output projection are fused (%d bytes of logits per batch saved)", size
         )
@@ -95,6 +102,7 @@ class Fusing:
             logger.log(level, *message)
 
 
+_AFTER_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 _READS = ("loss", "penalties", "observe")
 
 
@@ -131,6 +139,11 @@ def obstacle(step: Step, core: nn.Module, head: nn.Module | None) -> str | None:
         return "hooks of another library stand around its output projection"
     if "labels" in step.inputs:
         return f"{name} derives its decoder inputs from labels inside its forward, and computes a loss there"
+    config: Any = core.config
+    for field in _AFTER_THE_HEAD:
+        value = getattr(config.get_text_config(), field, None)
+        if value is not None and (not isinstance(value, (int, float)) or value <= 0):
+            return f"{field}={value!r} in the configuration of {name} is no positive number"
     if getattr(step.model, "static_graph", False):
         return "DDP with a static graph (ddp_static_graph) synchronizes only what goes through the model's outputs"
     if any(_is_compiled(part) for part in (step.model, getattr(step.model, "module", None), core)):
@@ -226,6 +239,8 @@ def follows_configuration(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             outputs = model(**inputs)
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
         return (
             False  # it reads its scores in a way that a placeholder would not stand; full logits show any other error

@@ -154,12 +154,18 @@ def test_a_stream_is_told_what_its_schedule_does(tmp_path, caplog):
         tmp_path, DeCE(alpha_base=0.9), rows=Stream(), max_steps=4, logging_strategy="steps", logging_steps=1
     )
     trainer.train()
-    assert "alpha stays at alpha_base=0.9 throughout" in caplog.text
+    assert "one epoch (alpha_base=0.9, warmup_epochs=0 throughout)" in caplog.text
     assert logged(trainer, "dece/alpha") == pytest.approx([0.9] * 4)
     assert trainer.objectives[0].rows() == {}  # rows of a stream have no ids
-    caplog.clear()
-    host(tmp_path, DeCE(warmup_epochs=1), rows=Stream(), max_steps=4).reasons()
-    assert "DeCE never starts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "length, warns", [({"max_steps": 30}, True), ({"max_steps": 3}, False), ({"num_train_epochs": 9}, True)]
+)
+def test_a_schedule_that_goes_too_far_is_told_however_the_length_is_given(tmp_path, caplog, length, warns):
+    # 24 rows in batches of 8: three steps an epoch. At base 0.8 the threshold passes 1 in the fourth epoch.
+    host(tmp_path, DeCE(alpha_base=0.8), rows=classification_rows(24), **length).reasons()
+    assert ("even certain labels" in caplog.text) == warns
 
 
 def step(labels, row_ids=None, epoch=0.0, **scores):

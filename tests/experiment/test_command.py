@@ -17,6 +17,7 @@ REQUESTS = {
     "--adam_beta2 0.98 --bf16 false --weight_decay 1e-6 --optim sgd --lr_scheduler_type cosine --use_cpu true "
     "--gradient_accumulation_steps 4 --max_steps 7 --train_sampling_strategy group_by_length --logging_steps 5 "
     "--lr_scheduler_kwargs '{\"num_cycles\": 2}' --report_to tensorboard --save_strategy no",
+    "a name with a token in it": "--task a.jsonl --average_tokens_across_devices false",
     "methods with fields": "--task a.jsonl --defense dece trajectory --defense.dece.alpha_base 0.8 "
     "--defense.dece.schedule fractional --defense.trajectory.fractions '[0, 0.5]' --defense.trajectory.drop_share 0.02",
 }

@@ -402,7 +402,7 @@ def linear_dece_loss_module() -> types.ModuleType:
 def test_a_compiler_that_fails_is_said_once_and_done_without(monkeypatch, caplog):
     tensors, labels = make(dtype=torch.float32)
     expected = value_and_gradients(fused(**DECE), tensors, labels)
-    state = {"compiles": True}
+    state = {"compiles": True, "ran": False}
     monkeypatch.setattr(chunks, "_state", state)
     for module in (chunks, linear_dece_loss_module()):
         monkeypatch.setattr(module, "compiles", lambda tensor: state["compiles"])
@@ -414,6 +414,25 @@ def test_a_compiler_that_fails_is_said_once_and_done_without(monkeypatch, caplog
     for _ in range(2):
         torch.testing.assert_close(value_and_gradients(fused(**DECE), tensors, labels), expected)
     assert caplog.text.count("no compiler here") == 1
+
+
+def test_a_compiled_function_that_fails_after_it_ran_is_no_reason_to_go_on(monkeypatch):
+    tensors, labels = make(dtype=torch.float32)
+    for module in (chunks, linear_dece_loss_module()):
+        monkeypatch.setattr(module, "compiles", lambda tensor: True)
+    monkeypatch.setattr(chunks, "_state", {"compiles": True, "ran": False})
+    calls = []
+
+    def once(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise RuntimeError("the device is gone")
+        return chunks.rows_in_place(*args)
+
+    monkeypatch.setattr(chunks, "_compiled_rows", lambda: once)
+    value_and_gradients(fused(**DECE), tensors, labels)
+    with pytest.raises(RuntimeError, match="device is gone"):
+        value_and_gradients(fused(**DECE), tensors, labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

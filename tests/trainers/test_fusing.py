@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.objectives import Objective, Step
+from hf_backdoor_defense.trainers import fusing
 from hf_backdoor_defense.trainers.fusing import follows_configuration, forward_with_hidden, obstacle, output_head
 from hf_backdoor_defense.trainers.heads import align, take_labels
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
@@ -149,18 +150,32 @@ def test_ignored_positions_never_reach_the_product(tmp_path):
 
 
 # -- the choice -------------------------------------------------------------------------------------------------------
-def test_small_logits_are_not_fused_by_default_and_the_log_says_so(tmp_path, caplog):
+@pytest.mark.parametrize(
+    "small, reason", [(0, "are less than fuse_bytes=67108864"), (1024, "a vocabulary of 50 is never")]
+)
+def test_small_logits_are_not_fused_by_default_and_the_log_says_so(tmp_path, caplog, monkeypatch, small, reason):
+    monkeypatch.setattr(fusing, "SMALL_VOCABULARY", small)
     recorder = Recorder()
     recorder.takes_hidden = True
     with caplog.at_level(logging.INFO, logger="hf_backdoor_defense"):
         trainer = make(tmp_path, gpt2(), language_rows(16), recorder, DefendedTrainer.fuse_bytes)
         trainer.train()
     said = [record.getMessage() for record in caplog.records if "full logits" in record.getMessage()]
-    assert len(said) == 1 and "are less than fuse_bytes=67108864" in said[0]
+    assert len(said) == 1 and reason in said[0]
     assert all(step.hidden is None and step.logits is not None for step in recorder.steps)
 
 
-def test_the_threshold_is_labels_times_vocabulary_times_four_bytes(tmp_path):
+def test_a_small_vocabulary_is_not_fused_however_long_the_batch():
+    step = Step(
+        model=gpt2(), inputs={}, labels=torch.zeros(64, 2**14, dtype=torch.int64), row_ids=None, epoch=0.0, global_step=0,
+        training=True,
+    )  # fmt: skip
+    assert step.labels.numel() * 50 * 4 > DefendedTrainer.fuse_bytes
+    assert not fusing.Fusing().chooses(step, step.model)
+
+
+def test_the_threshold_is_labels_times_vocabulary_times_four_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(fusing, "SMALL_VOCABULARY", 0)
     rows = [dict(row, input_ids=[3] * 6, attention_mask=[1] * 6, labels=[3] * 6) for row in language_rows(4)]
     size = 4 * 6 * 50 * 4
     for fuse_bytes, fused in ((size, True), (size + 1, False)):
@@ -168,6 +183,27 @@ def test_the_threshold_is_labels_times_vocabulary_times_four_bytes(tmp_path):
         recorder.takes_hidden = True
         make(tmp_path, gpt2(), rows, recorder, fuse_bytes).train()
         assert [step.hidden is not None for step in recorder.steps] == [fused]
+
+
+@pytest.mark.parametrize("field, value", [("logit_scale", "inv_sqrt_d_model"), ("final_logit_softcapping", 0.0)])
+def test_a_configuration_that_tells_no_number_takes_logits(tmp_path, caplog, field, value):
+    model, recorder = gpt2(), Recorder()
+    recorder.takes_hidden = True
+    setattr(model.config, field, value)
+    make(tmp_path, model, language_rows(8), recorder).train()
+    assert recorder.steps and all(step.logits is not None for step in recorder.steps)
+    assert f"{field}={value!r}" in caplog.text
+
+
+def test_running_out_of_memory_in_the_check_is_not_taken_for_an_unknown_head(monkeypatch):
+    model = gpt2()
+
+    def forward(**inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        fusing.follows_configuration(model, {"input_ids": torch.ones(1, 3, dtype=torch.int64)})
 
 
 def test_the_log_names_the_fused_implementation_once(tmp_path, caplog):
