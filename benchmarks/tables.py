@@ -23,7 +23,7 @@ def blocks() -> dict[tuple[str, str], str]:
     records = read_records(path)
     seeds = len({record.seed for record in records})
     versions = records[0].env
-    where = f"{seeds} seeds; Python {versions.get('python')}, torch {versions.get('torch')}, 2 CPU cores."
+    where = f"{seeds} seeds; Python {versions.get('python')}, torch {versions.get('torch')}, {versions.get('cpus')} CPU cores."
     demo = render_markdown(of_setting(records, "demo"), METRICS)
     search = read_records(RESULTS / "trajectory_search.jsonl")
     choices = []
@@ -66,8 +66,15 @@ def first_rankings(records: list[Record]) -> str:
         of_choice = [
             _mean([r for r in found if (r.dataset, r.attack) == cell and r.setting == prefix + c]) for c in choices
         ]
-        rows.append([*cell, _two(asr), *map(_two, of_choice)])
-    return grid(["task", "attack", "ASR", *choices], rows)
+        rows.append(
+            [
+                *cell,
+                str(len({r.seed for r in found if (r.dataset, r.attack) == cell})),
+                _two(asr),
+                *map(_two, of_choice),
+            ]
+        )
+    return grid(["task", "attack", "seeds", "ASR", *choices], rows)
 
 
 def shares(records: list[Record]) -> str:
@@ -119,9 +126,9 @@ def _where(records: list[Record]) -> str:
     places = []
     for env in [record.env for record in records]:
         machine = env.get("gpu") or f"{env.get('cpus')} CPU cores"
-        places.append(
-            f"{machine}, torch {env.get('torch')}, Python {env.get('python')}, commit {str(env.get('commit'))[:7]}"
-        )
+        changed = " with local changes" if env.get("dirty") else ""
+        commit = f"commit {str(env.get('commit'))[:7]}{changed}"
+        places.append(f"{machine}, torch {env.get('torch')}, Python {env.get('python')}, {commit}")
     return "; ".join(dict.fromkeys(places)) + "."
 
 
@@ -141,7 +148,8 @@ def side_by_side(left: str = "AG News, 5 %", right: str = "SST-2, 2 %") -> str:
         rows.append(line)
     seeds = sorted({r.seed for r in records})
     table = grid(["arm", f"{left}: CA", "ASR by seed", f"{right}: CA", "ASR by seed"], rows)
-    return f"{table}\n\nSeeds {', '.join(map(str, seeds))}; test rows. From `benchmarks/results/dece_classification.jsonl`."
+    about = f"Seeds {', '.join(map(str, seeds))}; test rows; three layers of MiniLM. From `results/dece_classification.jsonl`"
+    return f"{table}\n\n{about}; {_where([r for found in cells.values() for r in found])}"
 
 
 _PEERS = {
