@@ -348,3 +348,34 @@ def test_matched_decay_scales_each_epochs_step_and_nothing_compounds(tmp_path):
                 parameter -= rate * parameter.grad
     assert same(weights(control), weights(oracle), atol=1e-6)
     assert control.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
+
+
+def test_named_terms_reach_tensorboard(tmp_path, monkeypatch):
+    """Through transformers' own callback, with a writer that only remembers: the package itself need not be installed."""
+    from transformers.integrations import TensorBoardCallback, integration_utils
+
+    class Writer:
+        def __init__(self):
+            self.scalars = {}
+
+        def add_scalar(self, tag, value, step):
+            self.scalars.setdefault(tag, []).append((step, value))
+
+        def add_text(self, *args):
+            pass
+
+        flush = close = add_text
+
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    writer = Writer()
+    trainer = DefendedTrainer(
+        bert(),
+        args=arguments(tmp_path, logging_strategy="steps", logging_steps=1),
+        train_dataset=classification_rows(24),
+        data_collator=PadCollator(),
+        defense=[DeCE(alpha_base=0.9), WeightPull()],
+        callbacks=[TensorBoardCallback(tb_writer=writer)],
+    )
+    trainer.train()
+    assert [value for _, value in writer.scalars["train/dece/alpha"]] == pytest.approx([0.9] * 3)
+    assert len(writer.scalars["train/weight_pull/norm"]) == len(writer.scalars["train/dece/target_pull"]) == 3
