@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -367,6 +369,7 @@ def test_named_terms_reach_tensorboard(tmp_path, monkeypatch):
         flush = close = add_text
 
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     writer = Writer()
     trainer = DefendedTrainer(
         bert(),
