@@ -166,7 +166,7 @@ def _off(
         off.append(
             {
                 "feature": "4-bit and 8-bit bases",
-                "why": "bitsandbytes is installed, but no CUDA device: never tested without one; load the base in bfloat16",
+                "why": "bitsandbytes is installed, but no CUDA device: training works there, slowly, until the first evaluation",
             }
         )
     if not cuda:

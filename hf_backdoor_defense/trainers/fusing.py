@@ -234,6 +234,10 @@ def follows_configuration(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     modes = [(module, module.training) for module in model.modules()]
     devices = [project.weight.device] if project.weight.is_cuda else []
     model.eval()
+    for module, training in modes:
+        # In evaluation bitsandbytes packs 4-bit weights for a CPU's inference, for good: nothing behind them has a gradient then.
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.training = training
     head.forward = forward  # type: ignore[method-assign]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):

@@ -195,6 +195,26 @@ def test_a_configuration_that_tells_no_number_takes_logits(tmp_path, caplog, fie
     assert f"{field}={value!r}" in caplog.text
 
 
+def test_the_check_leaves_quantized_layers_in_training_mode():
+    """In evaluation bitsandbytes rewrites 4-bit weights for inference, and nothing behind them is trained any more."""
+    seen = {}
+
+    class Quantized(torch.nn.Linear):
+        def forward(self, hidden):
+            seen["quantized"] = self.training
+            return super().forward(hidden)
+
+    Quantized.__module__ = "bitsandbytes.nn.modules"
+    model = llama().train()
+    projection = model.model.layers[0].mlp.up_proj
+    layer = Quantized(projection.in_features, projection.out_features, bias=False)
+    model.model.layers[0].mlp.up_proj = layer
+    model.model.norm.register_forward_hook(lambda module, args, output: seen.update(other=module.training))
+    assert follows_configuration(model, {"input_ids": torch.ones(1, 3, dtype=torch.int64)})
+    assert seen == {"quantized": True, "other": False}
+    assert all(module.training for module in model.modules())
+
+
 def test_running_out_of_memory_in_the_check_is_not_taken_for_an_unknown_head(monkeypatch):
     model = gpt2()
 

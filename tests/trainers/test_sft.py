@@ -584,6 +584,31 @@ def test_a_four_bit_base_without_bitsandbytes_is_refused_with_a_way_out(tmp_path
         DeCESFTTrainer("some/model", args=args, train_dataset=text(), processing_class=tokenizer, **options)
 
 
+def test_a_four_bit_base_is_trained_by_its_adapters_on_both_paths(tmp_path, tokenizer):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no 4-bit base can be loaded")
+    set_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=45, **sizes)).save_pretrained(tmp_path / "base")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    results = []
+    for fuse in (True, False):
+        args = {"model_init_kwargs": {"quantization_config": four_bit, "dtype": torch.float32}, "learning_rate": 0.1}
+        trainer = make(
+            tmp_path, tokenizer, pairs(), DeCE(alpha_base=0.8), str(tmp_path / "base"), DeCESFTTrainer, fuse,
+            peft_config=lora(), **args,
+        )  # fmt: skip
+        base = trainer.model.get_base_model()
+        assert any(type(module).__module__.startswith("bitsandbytes") for module in base.modules())
+        start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        results.append({name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad})
+        assert all("lora_" in name for name in start)
+        assert any(not torch.equal(results[-1][name], start[name]) for name in start)
+        assert base.lm_head.weight.grad is None
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], atol=1e-4, rtol=1e-3)
+
+
 def test_liger_is_refused(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, text(), DeCE())
     trainer.args.use_liger_kernel = True
