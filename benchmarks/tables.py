@@ -37,7 +37,9 @@ def blocks() -> dict[tuple[str, str], str]:
         ("docs/log.md", "dece_search"): dece_search(),
         ("README.md", "dece"): side_by_side(),
         ("README.md", "cost"): cost(),
-        ("docs/choosing.md", "dece_classification"): every_cell(read_records(RESULTS / "dece_classification.jsonl")),
+        ("docs/choosing.md", "dece_classification"): every_cell(
+            read_records(RESULTS / "dece_classification.jsonl"), without=("time_ratio",)
+        ),
         ("docs/choosing.md", "dece_loss"): losses(),
         ("docs/choosing.md", "sft_step"): sft_steps(),
         ("README.md", "trajectory"): f"{demo}\n\n{where} From `benchmarks/results/trajectory.jsonl`.",
@@ -112,12 +114,12 @@ def dece_search() -> str:
     return grid(["regime", "seed", "DeCE", "ASR", "matched decay", "floor", "CA", "mean pull"], rows)
 
 
-def every_cell(records: list[Record]) -> str:
+def every_cell(records: list[Record], *, without: tuple[str, ...] = ()) -> str:
     """Each cell of a benchmark under a heading of its own, and where it was measured."""
     parts = []
     for setting in dict.fromkeys(r.setting for r in records):
         found = of_setting(records, setting)
-        columns = [metric for metric in METRICS if any(r.metric == metric for r in found)]
+        columns = [m for m in METRICS if m not in without and any(r.metric == m for r in found)]
         parts.append(f"### {setting}\n\n{render_markdown(found, columns)}\n\n{_where(found)}")
     return "\n\n".join(parts)
 

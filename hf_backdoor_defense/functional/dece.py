@@ -93,21 +93,6 @@ def dece_loss_and_stats(
     return loss, target_logps, is_top1
 
 
-def dece_loss_and_target_logps(
-    logits: Tensor, labels: Tensor, *, log_alpha: float, label_smoothing: float, chunk_bytes: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The first two of `dece_loss_and_stats`.
-
-    >>> _, logps = dece_loss_and_target_logps(
-    ...     torch.zeros(1, 4), torch.tensor([2]), log_alpha=math.log(0.8), label_smoothing=0.05)
-    >>> logps
-    tensor([-1.3863])
-    """
-    return dece_loss_and_stats(
-        logits, labels, log_alpha=log_alpha, label_smoothing=label_smoothing, chunk_bytes=chunk_bytes
-    )[:2]
-
-
 def dece_loss_reference(logits: Tensor, labels: Tensor, *, log_alpha: float, label_smoothing: float) -> Tensor:
     """`dece_loss` written directly, with autograd's gradient and about five full copies of the logits: for tests.
 

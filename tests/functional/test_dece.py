@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_backdoor_defense.functional.cross_entropy import cross_entropy
 from hf_backdoor_defense.functional.dece import (
     dece_loss,
-    dece_loss_and_target_logps,
+    dece_loss_and_stats,
     dece_loss_from_logps,
     dece_loss_reference,
     target_pull,
@@ -269,7 +269,7 @@ def test_target_log_probabilities_come_along_without_a_graph(alpha, smoothing):
     logits, labels = make()
     labels[3] = IGNORED
     logits.requires_grad_()
-    loss, logps = dece_loss_and_target_logps(logits, labels, log_alpha=log(alpha), label_smoothing=smoothing)
+    loss, logps, _ = dece_loss_and_stats(logits, labels, log_alpha=log(alpha), label_smoothing=smoothing)
     assert loss.requires_grad
     assert not logps.requires_grad
     torch.testing.assert_close(logps, -cross_entropy(logits, labels).detach(), rtol=1e-12, atol=1e-14)
@@ -393,7 +393,7 @@ def test_no_single_precision_tensor_exceeds_the_budget(alpha, smoothing, ignored
 # Refusals
 
 
-@pytest.mark.parametrize("function", [dece_loss, dece_loss_reference, dece_loss_and_target_logps])
+@pytest.mark.parametrize("function", [dece_loss, dece_loss_reference, dece_loss_and_stats])
 @pytest.mark.parametrize(
     ("log_alpha", "smoothing", "message"),
     [
