@@ -1,5 +1,6 @@
 """Loading checkpoints (safetensors only, no remote code) and passing rows through them."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -10,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    set_seed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +186,50 @@ def predict_logits(
         return model(**inputs)["logits"]
 
     return _pass(model, logits, dataset, collate, indices, batch_size, progress)
+
+
+def text_logits(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_length: int = 128,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> Tensor:
+    """The model's logits for texts, in the order given, batched by length. An empty text is its special tokens.
+
+    Args:
+        max_length: tokens per text, special tokens included; longer texts are cut.
+        progress: title of a progress bar, or None for none.
+
+    Returns:
+        [texts, k] float32 on the CPU.
+
+    Raises:
+        ValueError: no texts, or something that is no string.
+    """
+    wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValueError(f"every text must be a string, got {texts[wrong]!r} at position {wrong}. Check the column.")
+    rows = [{"input_ids": ids} for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]]
+    return predict_logits(model, rows, DataCollatorWithPadding(tokenizer), batch_size=batch_size, progress=progress)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all parameters and buffers that are saved, in the order of names.
+
+    What a threshold or an adapter was made for: another base, another revision and another precision all differ.
+    Independent of how a checkpoint is cut into files.
+
+    >>> weights_sha256(nn.Linear(1, 1)) == weights_sha256(nn.Linear(1, 1))
+    False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pooled_features(
