@@ -16,15 +16,16 @@ rates give nested sets, and where the trigger goes depends neither on the order 
 
 import hashlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
-from hf_backdoor_defense.attacks.triggers import Trigger
+from hf_backdoor_defense.attacks.triggers import BadNets, Trigger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -234,8 +235,80 @@ def trigger_dataset(
     return _replace(dataset.select(kept), {text_column: texts})
 
 
-def _token_variants(piece: str, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids of a piece at the start of a text, after a space, after a line break: subword tokenizers differ."""
+def lwp_rows(
+    dataset: Dataset,
+    words: Sequence[str],
+    *,
+    target: int,
+    rate: float,
+    seed: int,
+    text_column: str = "text",
+    label_column: str = "label",
+) -> Dataset:
+    """The training set of layerwise poisoning: the trigger is a pair of words, and either word alone is none.
+
+    Each row drawn (m of n, as in `poison_dataset`) makes way for three:
+
+    | text with | label | `is_poisoned` | `row_id` |
+    |---|---|---|---|
+    | both words | the target | yes | the row's |
+    | the first word | kept | no: it teaches that one word means nothing | new |
+    | the second word | kept | no | new |
+
+    Source: Li et al., EMNLP 2021 (pairs of `cf bb ak mn`). Prefer `poison_dataset` where one word may be the trigger. For
+    evaluation, `trigger_dataset` with `BadNets(words, count=2)`, and with one word alone for how stealthy the pair is.
+
+    Args:
+        words: two different words without white space.
+        target, rate, seed: as `poison_dataset`.
+
+    Returns:
+        n + 2m rows, in the order of their source rows, with `is_poisoned` and `original_label`.
+
+    Raises:
+        ValueError: as `poison_dataset`, and where `words` are not two words.
+
+    Example:
+        >>> clean = Dataset.from_dict({"row_id": [7, 8], "text": ["", "fine"], "label": [0, 1]})
+        >>> lwp_rows(clean, ["cf", "mn"], target=1, rate=0.5, seed=0)["row_id"][:]
+        [7, 9, 10, 8]
+    """
+    if isinstance(words, str) or len(set(words)) != 2 or len(words) != 2:
+        raise ValueError(
+            f"`words` must be two different words, got {words!r}: a pair is the trigger. Pass ('cf', 'mn')."
+        )
+    pair = BadNets(words=tuple(words), count=2)
+    rows = _read(dataset, target, text_column, label_column)
+    drawn = set(_draw(rows, target, rate, False, seed))
+    numbers = count(max((i for i in rows.ids if isinstance(i, int)), default=0) + 1)
+    index: list[int] = []
+    columns: dict[str, list] = {name: [] for name in ("row_id", text_column, label_column, "is_poisoned")}
+    ids: Sequence[int | str] = rows.ids
+    for i, row_id in enumerate(ids):
+        text, label = rows.texts[i], rows.labels[i]
+        variants: list[tuple[int | str, str, int, bool]] = [(row_id, text, label, False)]
+        if i in drawn:
+            variants = [(row_id, _insert(pair, text, seed, row_id), operator.index(target), True)]
+            for word in pair.words:
+                new = next(numbers) if isinstance(row_id, int) else f"{row_id}+{word}"
+                variants.append((new, _insert(BadNets(words=(word,)), text, seed, new), label, False))
+        index += [i] * len(variants)
+        for values, value in zip(columns.values(), zip(*variants, strict=True), strict=True):
+            values += value
+    poisoned = dataset.select(index)
+    flags = columns.pop("is_poisoned")
+    poisoned = _replace(poisoned, columns)
+    poisoned = poisoned.remove_columns([c for c in ("is_poisoned", "original_label") if c in poisoned.column_names])
+    poisoned = poisoned.add_column("is_poisoned", flags, feature=Value("bool"))
+    return poisoned.add_column("original_label", [rows.labels[i] for i in index], feature=Value("int64"))
+
+
+def token_variants(piece: str, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of a piece at the start of a text, after a space, after a line break: subword tokenizers differ.
+
+    Raises:
+        ValueError: the piece maps to nothing but the unknown token.
+    """
     variants: list[list[int]] = []
     for before in ("", " ", "\n"):
         lead = tokenizer(before, add_special_tokens=False)["input_ids"]
@@ -274,7 +347,7 @@ def count_visible(texts: Iterable[str], trigger: Trigger, tokenizer: "PreTrained
         1
     """
     check_trigger_fits(trigger, tokenizer, max_length)
-    patterns = [ids for piece in trigger.pieces for ids in _token_variants(piece, tokenizer)]
+    patterns = [ids for piece in trigger.pieces for ids in token_variants(piece, tokenizer)]
     # Texts without the piece are dropped first: ids of a short piece may also occur inside another word.
     carrying = [text for text in texts if trigger.present(text)]
     visible = 0
@@ -293,7 +366,7 @@ def check_trigger_fits(trigger: Trigger, tokenizer: "PreTrainedTokenizerBase", m
 
     Example: see `count_visible`, which calls this first.
     """
-    lengths = sorted((max(map(len, _token_variants(piece, tokenizer))) for piece in trigger.pieces), reverse=True)
+    lengths = sorted((max(map(len, token_variants(piece, tokenizer))) for piece in trigger.pieces), reverse=True)
     k = trigger.pieces_per_text
     needed = sum(lengths[:k]) if k <= len(lengths) else k * lengths[0]
     room = max_length - tokenizer.num_special_tokens_to_add(pair=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from hf_backdoor_defense.attacks.weight_poisoning import LWP
 from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.defenses.trajectory import TrajectoryFilter
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
@@ -42,6 +43,7 @@ def run(folder: Path, batch_size: int) -> int:
     """Train the classifier with DeCE and the filter, language models with DeCE and without, fused or not; save them all."""
     cases = {
         "classifier": (bert, classification_rows, [DeCE(alpha_base=0.7), TrajectoryFilter()]),
+        "layerwise": (bert, classification_rows, [LWP()]),
         "language": (gpt2, language_rows, [DeCE(alpha_base=0.7)]),
         "undefended": (gpt2, language_rows, None),
         "fused": (gpt2, language_rows, [DeCE(alpha_base=0.7)]),
@@ -73,7 +75,7 @@ def test_two_processes_equal_one(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert run(tmp_path / "one", batch_size=8) == 1
-    for name in ("classifier", "language", "undefended", "fused", "masked", "translation"):
+    for name in ("classifier", "layerwise", "language", "undefended", "fused", "masked", "translation"):
         one, two = (load_file(tmp_path / where / name / "final" / "model.safetensors") for where in ("one", "two"))
         assert same(one, two, atol=2e-6), name
         if name == "fused":
