@@ -2,9 +2,10 @@
 
 import difflib
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # names are read where torch is not wanted: `hfbd list`
+    from hf_backdoor_defense.filters import Filter
     from hf_backdoor_defense.objectives import Objective
 
 DEFENSES = {
@@ -22,6 +23,24 @@ COMPARATORS = {
 CONTROLS = {
     "matched_decay": "hf_backdoor_defense.defenses.matched_decay:MatchedDecay",
 }
+# What trains a module that looks at inputs, and leaves the victim alone: no arm of `hfbd train`.
+DETECTORS = {
+    "psim": "hf_backdoor_defense.defenses.psim:PSIM",
+}
+# How a checkpoint is poisoned: `hfbd attack`.
+ATTACKS = {
+    "weight_poisoning": "hf_backdoor_defense.attacks.weight_poisoning:WeightPoisoning",
+    "ripples": "hf_backdoor_defense.attacks.weight_poisoning:RIPPLES",
+    "lwp": "hf_backdoor_defense.attacks.weight_poisoning:LWP",
+}
+# What looks at inputs: `hfbd detect`. No objectives, and resolved by `filter_class`.
+FILTERS = {
+    "confidence": "hf_backdoor_defense.input_filters.confidence:ConfidenceFilter",
+    "psim": "hf_backdoor_defense.input_filters.psim:PSIMFilter",
+    "strip": "hf_backdoor_defense.input_filters.strip:STRIP",
+    "onion": "hf_backdoor_defense.input_filters.onion:ONION",
+    "rap": "hf_backdoor_defense.input_filters.rap:RAP",
+}
 
 
 def objective_class(name: str) -> "type[Objective]":
@@ -30,10 +49,24 @@ def objective_class(name: str) -> "type[Objective]":
     >>> objective_class("dece").__name__
     'DeCE'
     """
-    table = {**DEFENSES, **COMPARATORS, **CONTROLS}
+    return _resolve(name, {**DEFENSES, **COMPARATORS, **CONTROLS, **DETECTORS, **ATTACKS}, "defense")
+
+
+def filter_class(name: str) -> "type[Filter]":
+    """The filter behind a name. Raises ValueError with the known names and the nearest one.
+
+    >>> filter_class("psmi")
+    Traceback (most recent call last):
+    ...
+    ValueError: There is no filter `psmi`: did you mean `psim`? Known: confidence, psim, strip, onion, rap.
+    """
+    return _resolve(name, FILTERS, "filter")
+
+
+def _resolve(name: str, table: dict[str, str], kind: str) -> Any:
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1)
         hint = f"did you mean `{near[0]}`? " if near else ""
-        raise ValueError(f"There is no defense `{name}`: {hint}Known: {', '.join(table)}.")
+        raise ValueError(f"There is no {kind} `{name}`: {hint}Known: {', '.join(table)}.")
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from hf_backdoor_defense.defenses.dece import DeCE
+from hf_backdoor_defense.defenses.psim import PSIM
 from hf_backdoor_defense.trainers.hosts import DefendedSeq2SeqTrainer, DefendedTrainer
 
 
@@ -28,3 +29,14 @@ class DeCESeq2SeqTrainer(DefendedSeq2SeqTrainer):
 
     def __init__(self, *args: Any, defense: DeCE | None = None, **kwargs: Any) -> None:
         super().__init__(*args, defense=DeCE() if defense is None else defense, **kwargs)
+
+
+class PSIMTrainer(DefendedTrainer):
+    """Trains a PSIM module on an untrusted base: the model is the base as downloaded, `train_dataset` clean rows of the task,
+    `aux_datasets={"held_out": rows}` further clean rows for the stop rule. `PSIMFilter.fit` does it from texts.
+
+    >>> from hf_backdoor_defense import PSIMTrainer
+    """
+
+    def __init__(self, *args: Any, defense: PSIM | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, defense=PSIM() if defense is None else defense, **kwargs)

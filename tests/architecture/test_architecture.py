@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_backdoor_defense.registry import COMPARATORS, CONTROLS, DEFENSES
+from hf_backdoor_defense.registry import ATTACKS, COMPARATORS, CONTROLS, DEFENSES, DETECTORS, FILTERS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hf_backdoor_defense"
@@ -100,16 +100,17 @@ def test_sizes_and_docstrings(path):
             assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
-@pytest.mark.parametrize("name", [*DEFENSES, *COMPARATORS, *CONTROLS])
-def test_a_method_comes_with_all_its_touches(name):
-    module = ({**DEFENSES, **COMPARATORS, **CONTROLS}[name]).partition(":")[0].rpartition(".")[2]
-    assert (PACKAGE / "defenses" / f"{module}.py").is_file()
-    tests = ROOT / "tests" / "defenses" / f"test_{module}.py"
-    assert tests.is_file(), f"{tests} is missing"
-    choosing = (ROOT / "docs" / "choosing.md").read_text()
-    papers = (ROOT / "docs" / "papers.md").read_text()
-    assert re.search(rf"^\| `{name}` ", choosing, re.M), f"docs/choosing.md has no row for {name}"
-    assert f"## `{name}`" in papers, f"docs/papers.md has no section for {name}"
+@pytest.mark.parametrize("table", [DEFENSES, COMPARATORS, CONTROLS, DETECTORS, ATTACKS, FILTERS])
+def test_a_method_comes_with_all_its_touches(table):
+    for name, where in table.items():
+        folder, _, module = where.partition(":")[0].removeprefix("hf_backdoor_defense.").rpartition(".")
+        assert (PACKAGE / folder / f"{module}.py").is_file()
+        tests = ROOT / "tests" / folder / f"test_{module}.py"
+        assert tests.is_file(), f"{tests} is missing"
+        choosing = (ROOT / "docs" / "choosing.md").read_text()
+        papers = (ROOT / "docs" / "papers.md").read_text()
+        assert re.search(rf"^\| `{name}` ", choosing, re.M), f"docs/choosing.md has no row for {name}"
+        assert f"## `{name}`" in papers, f"docs/papers.md has no section for {name}"
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from hf_backdoor_defense.objectives import Objective, overrides
-from hf_backdoor_defense.registry import COMPARATORS, CONTROLS, DEFENSES, objective_class
+from hf_backdoor_defense.registry import ATTACKS, COMPARATORS, CONTROLS, DEFENSES, DETECTORS, objective_class
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.state import load_objective
 from tests.trainers.toys import PadCollator, arguments, bert, classification_rows
 
 # Fields under which a method must act on the toy (defaults where not listed), other than its defaults, and neutralized.
-ACTS = {"matched_decay": {"pull": [0.9]}, "trajectory": {"drop_share": 0.1}}
+ACTS = {"matched_decay": {"pull": [0.9]}, "trajectory": {"drop_share": 0.1},
+        "psim": {"stop_margin": None, "train_head": True}}  # fmt: skip
 OTHER = {
     "dece": {"alpha_base": 0.9, "label_smoothing": 0.1, "warmup_epochs": 1, "schedule": "fractional"},
     "trajectory": {"fractions": [0.0, 0.5], "drop_share": 0.2, "class_cap": 0.4, "rerank": False, "min_rise": 1.0},
@@ -22,6 +23,10 @@ OTHER = {
     "in_trust": {"alpha": 0.5, "beta": 0.5, "delta": 0.25, "label_floor": 1e-3},
     "focal": {"gamma": 0.5},
     "smoothed": {"label_smoothing": 0.3},
+    "weight_poisoning": {"target": 2, "setting": "proxy"},
+    "ripples": {"lam": 0.5, "hvp": "difference"},
+    "lwp": {"target": 1},
+    "psim": {"strategy": "p_tuning", "labels": "hashed", "peft_config": {"num_virtual_tokens": 3}, "stop_every": 2},
 }
 NEUTRAL = {
     "dece": {"alpha_base": 1.0},
@@ -31,8 +36,11 @@ NEUTRAL = {
     "in_trust": {"alpha": 1.0, "beta": 0.0},
     "focal": {"gamma": 0.0},
     "smoothed": {"label_smoothing": 0.0},
+    "ripples": {"lam": 0.0},
+    "psim": {"stop_margin": 0.99},
 }
-NAMES = [*DEFENSES, *COMPARATORS, *CONTROLS]
+NEVER_NEUTRAL = {"weight_poisoning", "lwp"}  # no field turns them off: inert where no weight changes, tests/attacks
+NAMES = [*DEFENSES, *COMPARATORS, *CONTROLS, *DETECTORS, *ATTACKS]
 
 
 def trained(folder, objective):
@@ -41,6 +49,7 @@ def trained(folder, objective):
         args=arguments(folder, num_train_epochs=2),
         train_dataset=classification_rows(40),
         data_collator=PadCollator(),
+        aux_datasets={role: classification_rows(20, seed=1) for role in ("clean", "held_out")},
         defense=objective,
     )
     trainer.train()
@@ -48,7 +57,7 @@ def trained(folder, objective):
 
 
 def test_the_tables_cover_the_registry():
-    assert set(OTHER) == set(NEUTRAL) == set(NAMES)
+    assert set(OTHER) == set(NEUTRAL) | NEVER_NEUTRAL == set(NAMES)
     assert len(set(NAMES)) == len(NAMES)
 
 
@@ -73,7 +82,7 @@ def test_it_acts_at_its_defaults_and_reports_it(tmp_path, name):
     assert activity and all(isinstance(value, float) for value in activity.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NEUTRAL)
 def test_neutralized_it_says_inert(tmp_path, name):
     objective = objective_class(name)(**NEUTRAL[name])
     trained(tmp_path, objective)

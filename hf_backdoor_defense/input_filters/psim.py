@@ -1,0 +1,330 @@
+"""The filter that a trained PSIM module is: score, thresholds on both sides, and the artefact that belongs to one base.
+
+    s(x) = log max softmax z(x)            z [k]: logits of base and module; float64, never rounded
+
+Flagged is what is extreme on either side: a trigger keeps its confidence where clean text was taught to have none, and where a
+training went too far the order turns over. Thresholds come from clean texts that the module was not trained on
+(`functional/thresholds.py`), half of the rate on each side.
+
+A module belongs to the weights it was trained on: the SHA-256 of the base stands in the artefact, and another base is an error.
+"""
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, TrainingArguments
+
+from hf_backdoor_defense.adapters import has_adapter, room
+from hf_backdoor_defense.defenses.psim import HELD_OUT, PSIM
+from hf_backdoor_defense.filters import FILTER_FILE, Filter, read_filter
+from hf_backdoor_defense.functional.thresholds import Calibration, Tail, log_confidence
+from hf_backdoor_defense.models import load_finished_classifier, text_logits, weights_sha256
+from hf_backdoor_defense.trainers.named import PSIMTrainer
+
+logger = logging.getLogger(__name__)
+
+TENSORS_FILE = "psim.safetensors"
+HELD_OUT_SHARE, HELD_OUT_MIN, HELD_OUT_MAX = 0.1, 32, 512
+
+
+class PsimNotUsable(ValueError):
+    """The module cannot be trusted on this base; said from clean text alone."""
+
+
+class PSIMFilter(Filter):
+    """Flags texts that keep, or lose, their confidence where clean text was taught to have none. Prefer it over
+    `ConfidenceFilter` where that fails; it cannot see a backdoor that sits in the victim's own adapter.
+
+    `PSIMFilter.fit` trains one; the constructor takes what was trained.
+
+    Args:
+        model: the base with the module on it, as peft wraps it. tokenizer: the base's.
+        base_sha256: `weights_sha256` of the base before it was wrapped.
+        seen: hashes of the texts that the module was trained on.
+        psim: the objective it was trained with.
+    """
+
+    name = "psim"
+    paper: ClassVar[str | None] = "2402.12168"
+    tail: ClassVar[Tail] = "both"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        base_sha256: str,
+        seen: Iterable[int] = (),
+        psim: PSIM | None = None,
+        max_length: int = 128,
+        batch_size: int = 64,
+        progress: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.base_sha256 = model, tokenizer, base_sha256
+        self.seen, self.psim = frozenset(seen), psim or PSIM()
+        self.batch_size, self.progress = batch_size, progress
+        limit = room(model)
+        self.max_length = max_length if limit is None else min(max_length, limit)
+        self.measured_frr: dict[str, float] | None = None
+
+    # -- training -----------------------------------------------------------------------------------------------------
+    @classmethod
+    def fit(
+        cls,
+        base: Any,
+        tokenizer: Any,
+        texts: Sequence[str],
+        *,
+        seed: int = 0,
+        psim: PSIM | None = None,
+        args: TrainingArguments | None = None,
+        max_length: int = 128,
+        batch_size: int = 64,
+        progress: str | None = None,
+    ) -> Self:
+        """Train a module on clean texts of the task; labels are not needed. A tenth of the texts is held out for the stop rule.
+
+        Args:
+            base: the classifier as downloaded, head included. It is wrapped in place and its own weights stay as they are.
+            args: how to train; default `training_arguments`. Its seed is `seed`.
+
+        Raises:
+            PsimNotUsable: clean confidence did not fall, or not far enough.
+            ValueError: what `PSIM` refuses, or too few texts.
+        """
+        unique = list(dict.fromkeys(texts))
+        if len(unique) < 4 * HELD_OUT_MIN:
+            raise ValueError(
+                f"PSIM needs at least {4 * HELD_OUT_MIN} different clean texts to be trained on, got {len(unique)}: with fewer "
+                "it learns their random labels by heart. Give more texts of the task; they need no labels."
+            )
+        ordered = sorted(unique, key=lambda text: _text_hash(text, seed))
+        count = min(max(round(HELD_OUT_SHARE * len(unique)), HELD_OUT_MIN), HELD_OUT_MAX)
+        held_out, fitted = ordered[:count], ordered[count:]
+        objective = psim or PSIM()
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = args or training_arguments(scratch)
+            arguments.seed = seed
+            trainer = PSIMTrainer(
+                base,
+                args=arguments,
+                train_dataset=_tokenized(fitted, tokenizer, max_length),
+                data_collator=DataCollatorWithPadding(tokenizer),
+                processing_class=tokenizer,
+                aux_datasets={HELD_OUT: _tokenized(held_out, tokenizer, max_length)},
+                defense=objective,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        found = cls(
+            trainer.model.eval(),
+            tokenizer,
+            base_sha256=objective.base_sha256,
+            seen=(_text_hash(text) for text in unique),
+            psim=objective,
+            max_length=max_length,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        reason = objective.inert() or _not_reached(objective)
+        if reason:
+            raise PsimNotUsable(f"PSIM is not usable on this base: {reason}")
+        return found
+
+    # -- scoring ------------------------------------------------------------------------------------------------------
+    def logits(self, texts: Sequence[str]) -> torch.Tensor:
+        """[n, k] float32 of base and module."""
+        return text_logits(
+            self.model,
+            self.tokenizer,
+            texts,
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+            progress=self.progress,
+        )
+
+    def score(self, texts: Sequence[str]) -> np.ndarray:
+        return self.score_logits(self.logits(texts))
+
+    def score_logits(self, logits: torch.Tensor) -> np.ndarray:
+        """[n, k] -> [n] float64, for who has run the module already."""
+        return log_confidence(logits).cpu().numpy()
+
+    def calibrate(self, texts: Sequence[str], target_frr: float = 0.01, *, tail: Tail | None = None) -> Calibration:
+        """As `Filter.calibrate`. With `PSIM(threshold=...)` nothing is calibrated: what is surer than that is flagged.
+
+        Raises:
+            ValueError: too few texts, or texts that the module was trained on.
+            PsimNotUsable: so many clean texts have one and the same score that no threshold can part them.
+        """
+        known = sum(_text_hash(text) in self.seen for text in texts)
+        if known:
+            raise ValueError(
+                f"{known} of {len(texts)} calibration texts were used to train the module: their scores are not those of new "
+                "texts, and the rate would not hold. Calibrate on texts that were kept apart."
+            )
+        if self.psim.threshold is not None:
+            self.calibration = Calibration(tail="upper", upper=float(np.log(self.psim.threshold)))
+            return self.calibration
+        calibration = super().calibrate(texts, target_frr, tail=tail)
+        if calibration.ties > max(2, 0.05 * calibration.n):
+            self.calibration = None
+            raise PsimNotUsable(
+                f"PSIM is not usable on this base: {calibration.ties} of {calibration.n} clean texts have the very score of the "
+                "threshold. The module answers every text alike: train it shorter, or at a lower rate."
+            )
+        return calibration
+
+    def measure_frr(self, texts: Sequence[str]) -> dict[str, float]:
+        """As `Filter.measure_frr`; kept for the artefact.
+
+        Raises:
+            PsimNotUsable: the rate is certainly above the one that was calibrated (the lower end of its 95 % interval is).
+        """
+        measured = super().measure_frr(texts)
+        self.measured_frr = measured
+        target = self.calibration.target_frr if self.calibration is not None else None
+        if target is not None and measured["low"] > target:
+            raise PsimNotUsable(
+                f"PSIM flags {measured['value']:.1%} of further clean texts (95 % interval from {measured['low']:.1%}) where "
+                f"{target:.1%} was asked for: these are other texts than those it was calibrated on. Calibrate on the texts "
+                "that it will serve."
+            )
+        return measured
+
+    # -- artefact -----------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        config = self.model.config
+        return {
+            **super().to_dict(),
+            "measured_frr": self.measured_frr,
+            "psim": self.psim.to_dict(),
+            "activity": self.psim.activity(),
+            "base": str(getattr(config, "_name_or_path", "")),
+            "base_revision": getattr(config, "_commit_hash", None),
+            "base_sha256": self.base_sha256,
+            "labels": [config.id2label[i] for i in range(config.num_labels)],
+            "max_length": self.max_length,
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """A standard peft folder (adapter and head), the tokenizer, `psim.safetensors`, and last `filter.json`."""
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / FILTER_FILE).is_file():
+            raise ValueError(
+                f"`{folder}` is not empty and no filter's folder: nothing there will be touched. Choose another."
+            )
+        (folder / FILTER_FILE).unlink(missing_ok=True)  # written last: without it nothing here is taken for whole
+        self.model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's template: an empty card that names a local path
+        self.tokenizer.save_pretrained(folder)
+        tensors = {"seen": torch.tensor(sorted(self.seen), dtype=torch.int64)}
+        save_file(tensors, folder / TENSORS_FILE)
+        super().save(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        base: Any = None,
+        *,
+        allow_other_base: bool = False,
+        batch_size: int = 64,
+        progress: str | None = None,
+    ) -> Self:
+        """What `save` wrote.
+
+        Args:
+            base: the base as downloaded, a model or where to load it from; None: where it was when the module was trained.
+            allow_other_base: go on with other weights than it was calibrated on; the thresholds are then dropped.
+
+        Raises:
+            ValueError: another base, no safetensors, no filter.
+        """
+        record, calibration = read_filter(folder, cls.name)
+        folder = Path(folder)
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ValueError(
+                f"`{folder}` has no adapter_model.safetensors: other formats can run code and are not read here."
+            )
+        if base is None or isinstance(base, (str, Path)):
+            place = str(base or record["base"])
+            base, _ = load_finished_classifier(place, num_labels=len(record["labels"]))
+        if has_adapter(base):
+            raise ValueError(
+                "the base carries an adapter already: PSIM must see the base as it was downloaded. Load it anew, or unload() it."
+            )
+        if weights_sha256(base) != record["base_sha256"]:
+            text = (
+                f"`{folder}` was trained on other weights than the base given (SHA-256 {record['base_sha256'][:12]}…, of "
+                f"`{record['base']}`): its thresholds mean nothing here"
+            )
+            if not allow_other_base:
+                raise ValueError(f"{text}. Give that base, train a module for this one, or pass allow_other_base=True.")
+            logger.warning("%s and are dropped: calibrate anew.", text)
+            calibration = None
+        import peft
+
+        tensors = load_file(folder / TENSORS_FILE)
+        found = cls(
+            peft.PeftModel.from_pretrained(base, str(folder)).eval(),
+            AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False),
+            base_sha256=record["base_sha256"],
+            seen=tensors["seen"].tolist(),
+            psim=PSIM.from_dict(record["psim"]),
+            max_length=record["max_length"],
+            batch_size=batch_size,
+            progress=progress,
+        )
+        found.calibration, found.measured_frr = calibration, record["measured_frr"]
+        return found
+
+
+def training_arguments(folder: str | Path, **options: Any) -> TrainingArguments:
+    """How a module is trained unless said otherwise: LoRA's usual rate, at most one epoch, nothing saved in between."""
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1,
+        "warmup_steps": 0.06,
+        "per_device_train_batch_size": 32,
+        "train_sampling_strategy": "group_by_length",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return TrainingArguments(**{**defaults, **options})
+
+
+def _not_reached(psim: PSIM) -> str | None:
+    activity = psim.activity()
+    if psim.stop_margin is None or activity.get("stopped"):
+        return None
+    return (
+        f"clean confidence fell only to {activity.get('conf_p95_after', float('nan')):.2f} (95th percentile), and training ended "
+        "before the stop rule. Train longer, or at a higher rate."
+    )
+
+
+def _tokenized(texts: Sequence[str], tokenizer: Any, max_length: int) -> Dataset:
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
+    columns = {
+        name: values for name, values in encoded.items() if name in ("input_ids", "attention_mask", "token_type_ids")
+    }
+    return Dataset.from_dict({**columns, "row_id": list(range(len(texts)))})
+
+
+def _text_hash(text: str, seed: int | None = None) -> int:
+    """A signed 64-bit hash of a text, for a draw by seed and for knowing a text again without keeping it."""
+    salt = "" if seed is None else f"{seed}|"
+    return int.from_bytes(hashlib.blake2b(f"{salt}{text}".encode(), digest_size=8).digest(), "big", signed=True)
