@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step search-dece search-trajectory test-lowest clean
+.PHONY: help demo test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning search-dece search-trajectory test-lowest clean
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-26s %s\n", $$1, $$2}'
@@ -47,6 +47,12 @@ bench-dece_loss: $(STAMP) ## output projection and loss beside their peers; CUDA
 
 bench-sft_step: $(STAMP) ## a step of supervised fine-tuning beside trl's own; CUDA=1
 	$(BIN)/python -m benchmarks.sft_step $(if $(CUDA),--cuda)
+
+bench-weight_poisoning: $(STAMP) ## poisoned checkpoints, fine-tuned by a victim, and filters before them; ONLY=cell, EXTENDED=1
+	$(BIN)/python -m benchmarks.weight_poisoning $(if $(ONLY),--only "$(ONLY)") $(if $(EXTENDED),--extended)
+
+bench-filters: $(STAMP) ## what PSIM and its rivals cost per text, beside the victim alone; ONLY=psim,psim_mixed
+	$(BIN)/python -m benchmarks.filters $(if $(ONLY),--only "$(ONLY)")
 
 search-dece: $(STAMP) ## where DeCE helps in classification: every setting, on validation rows and seeds of its own
 	$(BIN)/python -m benchmarks.dece_search

@@ -1,4 +1,4 @@
-"""Cells x seeds of `hfbd train`, written to results/NAME.jsonl as they come.
+"""Cells x seeds of `hfbd train` (or another verb: `run`), written to results/NAME.jsonl as they come.
 
 What is there is skipped; what was stopped goes on. `--shard i/n` runs every n-th cell and seed, for several processes or
 machines: each appends to a file of its own (`--output`), and the files put together are the single run's.
@@ -7,6 +7,7 @@ machines: each appends to a file of its own (`--output`), and the files put toge
 import argparse
 import dataclasses
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from hf_backdoor_defense.experiment.arguments import PRESETS, RunArguments, build_defenses, defaults
 from hf_backdoor_defense.experiment.plan import resolve
 from hf_backdoor_defense.experiment.run import execute
-from hf_backdoor_defense.reporting.results import append_records, read_records
+from hf_backdoor_defense.reporting.results import Record, append_records, read_records
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,8 +35,23 @@ class Cell:
     needs: Path | None = None  # data that is not part of the package
 
 
-def run_grid(name: str, cells: list[Cell], seeds: tuple[int, ...]) -> None:
-    """The command line of a benchmark."""
+def train_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]:
+    """Records, named after the cell, and what to print."""
+    outcome = execute(plan_of(cell, seed, folder))
+    shutil.rmtree(folder / "arms", ignore_errors=True)
+    return [
+        dataclasses.replace(r, setting=cell.setting) for r in outcome.records
+    ], f"{outcome.table}\n{outcome.verdict}"
+
+
+def run_grid(
+    name: str,
+    cells: list[Cell],
+    seeds: tuple[int, ...],
+    *,
+    run: Callable[[Cell, int, Path], tuple[list[Record], str]] = train_cell,
+) -> None:
+    """The command line of a benchmark. The setting of a cell's records is its own, or begins with it and a colon."""
     parser = argparse.ArgumentParser(prog=f"benchmarks.{name}")
     parser.add_argument("--only", choices=[cell.setting for cell in cells], help="run one cell")
     parser.add_argument("--extended", action="store_true", help="run the extended cells too")
@@ -53,16 +69,14 @@ def run_grid(name: str, cells: list[Cell], seeds: tuple[int, ...]) -> None:
         if cell.needs is not None and not cell.needs.exists():
             print(f"{cell.setting}: skipped, its data is not here (it is not part of the package)")
             continue
-        done = {(r.setting, r.seed) for r in read_records(path)} if path.exists() else set()
+        done = {(r.setting.partition(":")[0], r.seed) for r in read_records(path)} if path.exists() else set()
         if (cell.setting, seed) in done:
             print(f"{cell.setting}, seed {seed}: there already")
             continue
         folder = Path("runs") / f"bench-{name}" / cell.setting / str(seed)
-        outcome = execute(plan_of(cell, seed, folder))
-        print(f"{outcome.table}\n{outcome.verdict}\n", flush=True)
-        records = [dataclasses.replace(r, benchmark=name, setting=cell.setting) for r in outcome.records]
-        append_records(path, records)
-        shutil.rmtree(folder / "arms", ignore_errors=True)
+        records, text = run(cell, seed, folder)
+        print(f"{text}\n", flush=True)
+        append_records(path, [dataclasses.replace(r, benchmark=name) for r in records])
 
 
 def plan_of(cell: Cell, seed: int, folder: Path) -> Any:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from benchmarks import tables_filters
 from benchmarks.grid import RESULTS
 from hf_backdoor_defense.reporting.plots import plot_ca_asr
 from hf_backdoor_defense.reporting.results import Record, read_records, write_bytes
@@ -44,6 +45,10 @@ def blocks() -> dict[tuple[str, str], str]:
         ("docs/choosing.md", "sft_step"): sft_steps(),
         ("README.md", "trajectory"): f"{demo}\n\n{where} From `benchmarks/results/trajectory.jsonl`.",
         ("docs/choosing.md", "trajectory"): every_cell(records),
+        ("README.md", "weight_poisoning"): tables_filters.weight_poisoning_core(),
+        ("docs/choosing.md", "weight_poisoning"): tables_filters.weight_poisoning_full(),
+        ("docs/choosing.md", "filters"): tables_filters.filters(),
+        ("docs/log.md", "psim_search"): tables_filters.psim_search(),
     }
 
 

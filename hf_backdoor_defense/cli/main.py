@@ -6,9 +6,11 @@ import traceback
 
 VERBS = {
     "train": "fine-tune with a defense; with --simulate, measure it against an attack and its controls",
+    "attack": "poison a base, fine-tune it on clean data as a victim would, measure filters before it",
     "eval": "measure a finished model on clean and triggered rows",
+    "detect": "score a file of texts with a filter that was calibrated on clean ones",
     "report": "make the report of a run again, or one report of several runs",
-    "list": "name the defenses, comparators, controls, triggers and presets; with a NAME, its fields",
+    "list": "name the defenses, controls, triggers, presets, attacks and filters; with a NAME, its fields",
     "env": "show versions, devices and packages, and what is off on this machine and why",
 }
 USAGE = "usage: hfbd VERB [options]\n\n" + "\n".join(f"  {verb:8} {what}" for verb, what in VERBS.items())
@@ -42,6 +44,14 @@ def main(argv: list[str] | None = None) -> int:
             from hf_backdoor_defense.cli.train import train
 
             return train(rest)
+        if verb == "attack":
+            from hf_backdoor_defense.cli.attack import attack
+
+            return attack(rest)
+        if verb == "detect":
+            from hf_backdoor_defense.cli.detect import detect
+
+            return detect(rest)
         if verb == "report":
             from hf_backdoor_defense.cli.report import report
 

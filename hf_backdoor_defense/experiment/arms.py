@@ -46,7 +46,7 @@ class SeedData:
     texts: dict[int, str]
 
 
-class _Progress(ProgressCallback):
+class Progress(ProgressCallback):
     """The Trainer's bar without its printed logs."""
 
     def __init__(self, title: str) -> None:
@@ -134,7 +134,7 @@ def train_arm(
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(_Progress(arm))
+        trainer.add_callback(Progress(arm))
     if data.poisoned is not None and not clean:
         mark_backdoored(folder, attack_record(data.poisoned))
     checkpoint = _usable_checkpoint(folder)

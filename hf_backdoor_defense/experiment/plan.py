@@ -17,6 +17,7 @@ from hf_backdoor_defense.attacks.poisoning import Poisoned, check_trigger_fits, 
 from hf_backdoor_defense.data.sources import load
 from hf_backdoor_defense.data.summary import describe
 from hf_backdoor_defense.experiment.arguments import RunArguments, only_observes
+from hf_backdoor_defense.experiment.clean_rows import check_enough, own_rows
 from hf_backdoor_defense.models import load_classifier
 from hf_backdoor_defense.objectives import Objective
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
@@ -41,6 +42,7 @@ class Plan:
     parameters: tuple[int, int]  # trainable, all
     planted: dict[str, int]  # of the first seed: requested, carrying, visible after truncation
     tokenizer: Any
+    own: Dataset | None = None  # the defender's clean rows, where filters are asked for
 
     @property
     def folder(self) -> Path:
@@ -62,6 +64,8 @@ class Plan:
         """What a run folder belongs to: everything that changes a number."""
         training = {k: v for k, v in self.training.to_dict().items() if k not in _NOT_IDENTITY}
         run = {k: v for k, v in dataclasses.asdict(self.run).items() if k not in _NOT_IDENTITY}
+        if not self.run.filters:  # a folder from before there were filters is a run without them
+            del run["filters"], run["target_frr"]
         return json.loads(
             json.dumps(
                 {
@@ -88,11 +92,19 @@ class Plan:
                          f" x {args.gradient_accumulation_steps}, rate {args.learning_rate:g}"),
             ("attack", self._attack_text()),
             ("arms", ", ".join(self.arms)),
+            *([("filters", self._filters_text())] if self.own is not None else []),
             ("seeds", " ".join(map(str, run.seeds))),
             *[(f"  {o.name}", ", ".join(f"{k}={v}" for k, v in o.to_dict().items() if k != "name")) for o in self.defenses],
             ("run folder", str(self.folder)),
         ]  # fmt: skip
         return "\n".join(f"{name:12} {value}" for name, value in lines)
+
+    def _filters_text(self) -> str:
+        rows = 0 if self.own is None else len(self.own)
+        return (
+            f"{', '.join(self.run.filters)} before the undefended model, {rows} clean texts that no model is trained on, "
+            f"{self.run.target_frr:.1%} of clean texts may be flagged"
+        )
 
     def _attack_text(self) -> str:
         run = self.run
@@ -166,8 +178,13 @@ def resolve(run: RunArguments, training: TrainingArguments, defenses: list[Objec
         planted = _planted(poisoned, tokenizer, run.max_length)
     _check_hosting(model, training, defenses, data["train"])
     described = {**describe(data), "weights": _fingerprint(model)}
-    plan = Plan(run, training, defenses, data, described, parameters, planted, tokenizer)
-    _check_folder(plan)
+    own = None
+    if run.filters:
+        own = own_rows(run, data)
+        check_enough(run, own)
+        described["own"] = len(own)
+    plan = Plan(run, training, defenses, data, described, parameters, planted, tokenizer, own)
+    check_folder(plan.folder, plan.identity())
     return plan
 
 
@@ -216,8 +233,8 @@ def _planted(poisoned: Poisoned | None, tokenizer: Any, max_length: int) -> dict
     return {"requested": poisoned.requested, "carrying": poisoned.carrying, "visible": visible}
 
 
-def _check_folder(plan: Plan) -> None:
-    folder = plan.folder
+def check_folder(folder: Path, identity: dict[str, Any]) -> None:
+    """Refuse a folder that is neither empty nor this run's. Raises ValueError; what lies there is not touched."""
     if not folder.exists() or not any(folder.iterdir()):
         return
     path = folder / PLAN_NAME
@@ -225,7 +242,7 @@ def _check_folder(plan: Plan) -> None:
         raise ValueError(
             f"`{folder}` is not empty and no run folder: nothing there will be touched. Choose another --output_dir."
         )
-    before, now = json.loads(path.read_text()), plan.identity()
+    before, now = json.loads(path.read_text()), identity
     changed = [
         f"{part}.{key}" if isinstance(now[part], dict) else part
         for part in now

@@ -28,10 +28,10 @@ from typing import Any, Self
 from hf_backdoor_defense.evaluation.metrics import Estimate
 
 SHARES = frozenset(
-    "precision recall ca asr ftr r_acc der aasr masr frr far auroc coverage exact_match parse_rate".split()
+    "precision recall ca selective_ca asr ftr r_acc der aasr masr frr far auroc coverage exact_match parse_rate".split()
 )
 METRICS = tuple(
-    "precision recall ca asr ftr r_acc der aasr masr frr far auroc coverage bleu exact_match parse_rate perplexity "
+    "precision recall ca selective_ca asr ftr r_acc der aasr masr frr far auroc coverage bleu exact_match parse_rate perplexity "
     "seconds peak_bytes time_ratio memory_ratio passes target_pull".split()
 )
 _SIGNED = frozenset({"target_pull"})  # every other metric is >= 0

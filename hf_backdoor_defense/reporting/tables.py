@@ -20,6 +20,7 @@ COLUMNS = ("ca", "asr", "ftr", "r_acc", "time_ratio", "peak_bytes")
 MISSING = "–"
 _TITLES = {
     **{name: name.upper() for name in ("ca", "asr", "ftr", "der", "aasr", "masr", "frr", "far", "auroc", "bleu")},
+    "selective_ca": "CA of accepted",
     **{"r_acc": "R-Acc", "time_ratio": "time ×", "memory_ratio": "memory ×", "peak_bytes": "peak memory (MiB)"},
 }
 
@@ -143,13 +144,14 @@ def cells(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
     return [head, *([row.arm, *(format_estimate(row.estimates.get(m), m) for m in metrics)] for row in rows)]
 
 
-def render_terminal(records: Iterable[Record], *, planted: int | None = None) -> str:
+def render_terminal(records: Iterable[Record], *, planted: int | None = None, columns: Sequence[str] = COLUMNS) -> str:
     """The table of a run in plain text.
 
     Args:
         records: of one comparison.
         planted: how many poisoned rows the simulated attack put into the training set, where that is known; adds a
             line with the precision and recall of each arm that dropped rows.
+        columns: names of `METRICS`.
 
     Raises:
         ValueError: as `summarize`; `planted` below 0.
@@ -166,10 +168,10 @@ def render_terminal(records: Iterable[Record], *, planted: int | None = None) ->
     if planted is not None and planted < 0:
         raise ValueError(f"`planted` must be >= 0, got {planted}: it counts rows. Pass None where it is not known.")
     rows = summarize(records)
-    table = cells(rows, COLUMNS)
+    table = cells(rows, columns)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    lines.append(seeds_note(rows, COLUMNS))
+    lines.append(seeds_note(rows, columns))
     if planted is not None:
         lines.append(f"poisoned rows planted: {planted}")
         for row in rows:

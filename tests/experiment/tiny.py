@@ -1,11 +1,20 @@
 """A tiny encoder on disk, and a tiny task: what a run needs, in a second or two."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 WORDS = {0: [f"a{i}" for i in range(20)], 1: [f"b{i}" for i in range(20)], 2: [f"c{i}" for i in range(20)]}
 
@@ -47,3 +56,25 @@ def task(tmp_path_factory):
             rng.shuffle(words)
             file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def classifier(encoder, task, tmp_path_factory):
+    """A finished classifier of `task` on disk: sure of most texts."""
+    folder = tmp_path_factory.mktemp("classifier")
+    shutil.copytree(encoder, folder, dirs_exist_ok=True)
+    rows = [json.loads(line) for line in task.read_text().splitlines()]
+    set_seed(0)
+    names = {i: f"class {i}" for i in WORDS}
+    model = BertForSequenceClassification.from_pretrained(
+        folder, id2label=names, label2id={name: i for i, name in names.items()}
+    )
+    batch = AutoTokenizer.from_pretrained(folder)([row["text"] for row in rows], padding=True, return_tensors="pt")
+    labels = torch.tensor([row["label"] for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder

@@ -151,7 +151,7 @@ def test_reading_refuses_other_json(tmp_path: Path) -> None:
 
 def test_the_metrics_are_those_of_the_design() -> None:
     listed = (
-        "precision, recall, ca, asr, ftr, r_acc, der, aasr, masr, frr, far, auroc, coverage, bleu, exact_match, "
+        "precision, recall, ca, selective_ca, asr, ftr, r_acc, der, aasr, masr, frr, far, auroc, coverage, bleu, exact_match, "
         "parse_rate, perplexity, seconds, peak_bytes, time_ratio, memory_ratio, passes"
     )
     assert set(METRICS) == {*listed.split(", "), "target_pull"}

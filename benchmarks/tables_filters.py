@@ -1,0 +1,167 @@
+"""The tables of weight poisoning, of filters and of the search for PSIM's defaults, rendered from results/*.jsonl."""
+
+from collections.abc import Iterable
+
+from benchmarks.grid import RESULTS
+from hf_backdoor_defense.evaluation.metrics import mean_over_seeds
+from hf_backdoor_defense.reporting.results import Record, read_records
+
+FILTERS = ("confidence", "psim", "strip", "onion", "rap")
+STRATEGIES = {
+    "full": "full",
+    "lora": "LoRA",
+    "p_tuning": "P-tuning",
+    "prompt_tuning": "prompt-tuning",
+    "prefix_tuning": "prefix-tuning",
+}
+ATTACKS = {"badnets": "BadNets", "insent": "InSent", "ripples": "RIPPLES", "lwp": "LWP"}
+PEERS = {
+    "undefended": "the victim alone (LoRA)",
+    "undefended_merged": "the victim alone, LoRA merged",
+    "psim": "PSIM, two models",
+    "psim_mixed": "PSIM, one base with two adapters (as shipped)",
+    "psim_one_batch": "PSIM, always one mixed batch",
+    "rap": "RAP",
+    "strip": "STRIP, 10 copies",
+    "onion": "ONION, language model of the victim's size",
+}
+
+
+def grid(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A GitHub table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def pick(records: list[Record], **wanted: object) -> list[Record]:
+    """The records whose fields are these."""
+    return [r for r in records if all(getattr(r, name) == value for name, value in wanted.items())]
+
+
+def mean(records: list[Record], digits: int = 3) -> str:
+    """Mean over seeds, without an interval."""
+    return f"{sum(r.value for r in records) / len(records):.{digits}f}" if records else "–"
+
+
+def interval(records: list[Record], digits: int = 2) -> str:
+    """Mean and 95 % interval over seeds; one seed stands alone."""
+    if not records:
+        return "–"
+    found = mean_over_seeds([r.value for r in records])
+    text = f"{found.value:.{digits}f}"
+    return text if found.low is None else f"{text} [{found.low:.{digits}f}, {found.high:.{digits}f}]".replace("-", "−")
+
+
+def by_seed(records: list[Record], digits: int = 2) -> str:
+    """Every seed's value: a mean hides that a seed decides."""
+    return " · ".join(f"{r.value:.{digits}f}" for r in sorted(records, key=lambda r: r.seed)) or "–"
+
+
+def where(records: list[Record]) -> str:
+    """Machines and commits."""
+    places = []
+    for env in [record.env for record in records]:
+        machine = env.get("gpu") or f"{env.get('cpus')} CPU cores"
+        changed = " with local changes" if env.get("dirty") else ""
+        places.append(
+            f"{machine}, torch {env.get('torch')}, Python {env.get('python')}, commit {str(env.get('commit'))[:7]}{changed}"
+        )
+    return "; ".join(dict.fromkeys(places)) + "."
+
+
+def weight_poisoning_core() -> str:
+    """README: attack x strategy, ASR of every seed without and behind each filter, and what each filter costs clean texts."""
+    records = read_records(RESULTS / "weight_poisoning.jsonl")
+    rows = []
+    for attack in ("badnets", "insent"):
+        for strategy in ("full", "lora", "p_tuning"):
+            cell = pick(records, setting=f"{attack}: {strategy}")
+            line = [ATTACKS[attack], STRATEGIES[strategy]]
+            line.append(mean(pick(cell, defense="clean_reference", metric="ftr"), 2))
+            line.append(by_seed(pick(cell, defense="undefended", metric="asr")))
+            for name in FILTERS[:4]:
+                line.append(by_seed(pick(cell, defense=name, metric="asr")))
+            rows.append(line)
+    head = ["attack", "victim", "floor", "ASR, no filter", *(f"{name}" for name in FILTERS[:4])]
+    rates = []
+    for name in FILTERS[:4]:
+        of_filter = [r for r in records if r.defense == name and r.setting.split(": ")[-1] in STRATEGIES]
+        core = [r for r in of_filter if r.setting.split(": ")[0] in ("badnets", "insent")]
+        what = "edits" if name == "onion" else "flags"
+        rates.append(f"{name} {what} {mean([r for r in core if r.metric == 'frr'])} of clean texts")
+    core = [r for r in records if r.setting.split(": ")[0] in ("badnets", "insent")]
+    return f"{grid(head, rows)}\n\nMean FRR at a stated 0.01: {'; '.join(rates)}. Seeds 1 · 2 · 3; test rows. {where(core)}"
+
+
+def weight_poisoning_full() -> str:
+    """docs: every cell of the benchmark, mean and 95 % interval over seeds."""
+    records = read_records(RESULTS / "weight_poisoning.jsonl")
+    parts = []
+    metrics = ["ca", "selective_ca", "coverage", "asr", "frr", "far", "auroc", "passes"]
+    for cell in dict.fromkeys(r.setting.partition(": ")[0] for r in records):
+        of_cell = [r for r in records if r.setting.partition(": ")[0] == cell]
+        seeds = len({r.seed for r in of_cell})
+        rows = []
+        for setting in dict.fromkeys(r.setting for r in of_cell):
+            found = pick(of_cell, setting=setting)
+            for defense in ("clean_reference", "undefended", *FILTERS):
+                of_arm = pick(found, defense=defense)
+                if not of_arm:
+                    continue
+                line = [STRATEGIES.get(setting.partition(": ")[2], setting.partition(": ")[2]), defense]
+                for metric in metrics:
+                    name = "ftr" if (metric, defense) == ("asr", "clean_reference") else metric
+                    digits = 3 if metric in ("frr", "auroc") else 1 if metric == "passes" else 2
+                    of_metric = pick(of_arm, metric=name)
+                    line.append(mean(of_metric, 1) if metric == "passes" else interval(of_metric, digits))
+                rows.append(line)
+        head = [
+            "victim",
+            "arm",
+            "CA (strict)",
+            "selective CA",
+            "coverage",
+            "ASR (or FTR)",
+            "FRR",
+            "FAR",
+            "AUROC",
+            "passes",
+        ]
+        note = f"{seeds} seed{'s' if seeds > 1 else ''}{'' if seeds > 2 else ': preliminary'}. {where(of_cell)}"
+        parts.append(f"### {cell}\n\n{grid(head, rows)}\n\n{note}")
+    return "\n\n".join(parts)
+
+
+def filters() -> str:
+    """What a filter costs before a victim: time over the victim's own, and passes."""
+    records = read_records(RESULTS / "filters.jsonl")
+    settings = list(dict.fromkeys(r.setting for r in records if r.metric == "time_ratio"))
+    rows = []
+    for defense, title in PEERS.items():
+        line = [title]
+        for setting in settings:
+            line.append(mean(pick(records, defense=defense, setting=setting, metric="time_ratio"), 2))
+        if any(cell != "–" for cell in line[1:]):
+            rows.append(line)
+    return f"{grid(['before every answer', *(f'{s}' for s in settings)], rows)}\n\nTime over the victim's own. {where(records)}"
+
+
+def psim_search() -> str:
+    """Modules x stop rules: share of triggered rows that pass (FAR) of every base, and the worst."""
+    records = read_records(RESULTS / "psim_search.jsonl")
+    parts = []
+    for score in dict.fromkeys(r.setting.split("; ")[2] for r in records):
+        found = [r for r in records if r.setting.split("; ")[2] == score and r.metric == "far"]
+        stops = list(dict.fromkeys(r.setting.split("; ")[1].partition(" (")[0] for r in found))
+        rows = []
+        for name in dict.fromkeys(r.setting.split("; ")[0] for r in found):
+            line = [name]
+            for stop in stops:
+                of_stop = [r for r in found if r.setting.startswith(f"{name}; {stop} (")]
+                of_stop.sort(key=lambda r: (r.attack, r.seed))
+                line.append(" · ".join(f"{r.value:.2f}" for r in of_stop) or "–")
+            rows.append(line)
+        rate = mean([r for r in records if r.setting.split("; ")[2] == score and r.metric == "frr"])
+        parts.append(f"**{score}** (mean FRR {rate})\n\n{grid(['module', *stops], rows)}")
+    bases = sorted({(r.attack, r.seed) for r in records})
+    order = " · ".join(f"{attack} {seed}" for attack, seed in bases)
+    return "\n\n".join([*parts, f"Order of the figures: {order}. {where(records)}"])
