@@ -9,12 +9,12 @@ def show(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="hfbd list",
-        description="What there is to choose from: defenses, comparators, controls, triggers, presets.",
+        description="What there is to choose from: defenses, comparators, controls, triggers, presets, attacks, filters.",
         allow_abbrev=False,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="show fields, defaults and presets of these")
     parser.add_argument("--verbose", action="store_true", help="without a NAME: show them of every name")
     args = parser.parse_args(argv)
-    chosen = [find(name) for name in args.names] or (list(entries()) if args.verbose else [])
+    chosen = [entry for name in args.names for entry in find(name)] or (list(entries()) if args.verbose else [])
     print("\n\n".join(details(entry) for entry in chosen) if chosen else overview())
     return 0

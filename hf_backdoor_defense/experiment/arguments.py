@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from hf_backdoor_defense.attacks.triggers import TRIGGERS, Trigger, get_trigger
+from hf_backdoor_defense.functional.thresholds import rows_needed
 from hf_backdoor_defense.objectives import Objective, overrides
-from hf_backdoor_defense.registry import CONTROLS, objective_class
+from hf_backdoor_defense.registry import CONTROLS, filter_class, objective_class
 
 
 def _option(default: Any, text: str) -> Any:
@@ -41,6 +42,10 @@ class RunArguments:
     )
     baselines: bool = _option(True, "report majority and TF-IDF + logistic regression beside the model")
     save_models: bool = _option(False, "keep the models of a simulated attack (marked as backdoored)")
+    filters: list[str] = _option(
+        [], "filters before the undefended model, as if a stranger had trained it: confidence, psim, strip, rap"
+    )
+    target_frr: float = _option(0.01, "share of clean texts that a filter may flag")
     max_asr_over_floor: float | None = _option(
         None, "gate: exit 1 when a defense leaves more attack success above the floor"
     )
@@ -50,6 +55,8 @@ class RunArguments:
     def __post_init__(self) -> None:
         if isinstance(self.seeds, int):
             self.seeds = [self.seeds]
+        if isinstance(self.filters, str):
+            self.filters = [self.filters]
 
     def get_trigger(self) -> Trigger | None:
         """The simulated trigger, or None. Raises ValueError for an unknown name or an empty text."""
@@ -92,6 +99,7 @@ class RunArguments:
         for name, value in (("max_asr_over_floor", self.max_asr_over_floor), ("max_ca_drop", self.max_ca_drop)):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must be a share in 0..1, got {value}. For 3 points set 0.03.")
+        self._check_filters()
         names = [objective.name for objective in defenses]
         if len(set(names)) < len(names):
             raise ValueError(f"The same defense is given twice ({', '.join(names)}): one run has one arm for each.")
@@ -101,6 +109,23 @@ class RunArguments:
             )
         if (self.max_asr_over_floor is not None or self.max_ca_drop is not None) and not defenses:
             raise ValueError("A gate judges a defense, and none is given. Add --defense, for example trajectory.")
+
+    def _check_filters(self) -> None:
+        for name in self.filters:
+            filter_class(name)
+            if filter_class(name).edits:
+                raise ValueError(
+                    f"`{name}` reads a language model, and hfbd train has none. Use hfbd attack --filters {name}, or hfbd detect."
+                )
+        if len(set(self.filters)) < len(self.filters):
+            raise ValueError(f"The same filter is given twice ({', '.join(self.filters)}). Name each once.")
+        if self.filters and self.simulate is None:
+            raise ValueError(
+                "`filters` are measured before a model with a simulated backdoor: without one there is nothing to catch. Add "
+                "--simulate badnets, or look at texts with hfbd detect."
+            )
+        if self.filters:
+            rows_needed(self.target_frr)  # says what a rate may be
 
 
 def build_defenses(specs: list[dict[str, Any]]) -> list[Objective]:
@@ -143,6 +168,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "simulate": "badnets",
         "poison_rate": 0.04,
         "target": 0,
+        "filters": ["confidence", "psim"],
         "limit": 1000,
         "max_length": 32,
         "frozen_layers": 4,

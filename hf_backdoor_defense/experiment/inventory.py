@@ -5,6 +5,8 @@
 | defenses, comparators, controls | `hfbd train --defense NAME`; controls run by themselves | `registry.py` |
 | triggers | `hfbd train --simulate NAME` | `attacks/triggers.py` |
 | presets | `hfbd train --preset NAME` | `PRESETS` in `experiment/arguments.py` |
+| attacks, detectors | `hfbd attack` hosts the first, a filter the second | `registry.py` |
+| filters | `hfbd detect --filter NAME`, `hfbd attack --filters NAME` | `registry.py` |
 
 All of it is read from source text: importing the classes would load torch and transformers, seconds for a list of names.
 """
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_backdoor_defense.attacks.triggers import TRIGGERS
-from hf_backdoor_defense.registry import COMPARATORS, CONTROLS, DEFENSES
+from hf_backdoor_defense.registry import ATTACKS, COMPARATORS, CONTROLS, DEFENSES, DETECTORS, FILTERS
 
 KINDS = {
     "defenses": "hfbd train --defense NAME",
@@ -29,7 +31,12 @@ KINDS = {
     "controls": "run by themselves beside the defense that they explain",
     "triggers": "hfbd train --simulate NAME: attacks",
     "presets": "hfbd train --preset NAME: whole runs",
+    "attacks": "what hfbd attack poisons a base with: ripples, lwp, and weight_poisoning for badnets and insent",
+    "detectors": "what the filter of the same name trains; in a script, PSIMTrainer",
+    "filters": "hfbd detect --filter NAME, hfbd attack --filters NAME: what looks at inputs",
 }
+NEEDED = "(needed)"
+"""In place of a default, where there is none."""
 _PRESETS = "hf_backdoor_defense.experiment.arguments"
 _WIDTH = 120
 
@@ -57,7 +64,7 @@ class Entry:
 
 @cache
 def entries() -> tuple[Entry, ...]:
-    """All names, kind after kind.
+    """All names, kind after kind. A filter and what it trains have one name and are two entries.
 
     >>> [entry.name for entry in entries() if entry.kind == "comparators"]
     ['gce', 'in_trust', 'focal', 'smoothed']
@@ -68,25 +75,27 @@ def entries() -> tuple[Entry, ...]:
     for name, values in _assigned(ast.parse(_source(_PRESETS)), "PRESETS").items():
         line = ", ".join(f"{key} {_plain(values[key])}" for key in ("task", "simulate", "defense") if key in values)
         found.append(Entry(name, "presets", line, tuple(Field(key, repr(value), "") for key, value in values.items())))
+    looking = {"attacks": ATTACKS, "detectors": DETECTORS, "filters": FILTERS}
+    found += [_entry(name, kind, where) for kind, table in looking.items() for name, where in table.items()]
     return tuple(found)
 
 
-def find(name: str) -> Entry:
-    """The entry of a name. Raises ValueError with the nearest known name.
+def find(name: str) -> tuple[Entry, ...]:
+    """The entries of a name. Raises ValueError with the nearest known name.
 
-    >>> find("gce").fields
+    >>> find("gce")[0].fields
     (Field(name='q', default='0.5', text='in [0, 1]; 0 is cross-entropy, 1 the mean absolute error.'),)
     >>> find("insend")
     Traceback (most recent call last):
     ...
     ValueError: There is nothing called `insend`: did you mean `insent`? Run hfbd list for all names.
     """
-    known = {entry.name: entry for entry in entries()}
+    known = {entry.name for entry in entries()}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean `{near[0]}`? " if near else "no name is near it. "
         raise ValueError(f"There is nothing called `{name}`: {hint}Run hfbd list for all names.")
-    return known[name]
+    return tuple(entry for entry in entries() if entry.name == name)
 
 
 def overview() -> str:
@@ -107,7 +116,7 @@ def overview() -> str:
 def details(entry: Entry) -> str:
     """Everything about one name: fields with defaults, presets, paper.
 
-    >>> print(details(find("gce")))
+    >>> print(details(*find("gce")))
     gce (comparators): Generalized cross-entropy: a label of probability p keeps p^q of its pull, in every epoch alike.
       q = 0.5  in [0, 1]; 0 is cross-entropy, 1 the mean absolute error.
       paper: arXiv 1805.07836; where each value stands: docs/papers.md
@@ -153,17 +162,38 @@ def _assigned(scope: ast.Module | ast.ClassDef, name: str) -> Any:
 def _entry(name: str, kind: str, where: str) -> Entry:
     module, _, attribute = where.partition(":")
     source = _source(module)
-    body = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == attribute)
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    body = classes[attribute]
     text = ast.get_docstring(body) or ""
-    told = _arguments(text)
-    fields = tuple(
-        Field(node.target.id, _default(source, node.value), told.get(node.target.id, ""))
+    told: dict[str, str] = {}
+    settings: dict[str, str] = {}
+    for older in _lineage(classes, attribute):
+        told |= _arguments(ast.get_docstring(older) or "")
+        settings |= _settings(source, older)
+    fields = tuple(Field(key, default, told.get(key, "")) for key, default in settings.items())
+    presets = _assigned(body, "presets") or {}
+    return Entry(name, kind, " ".join(text.partition("\n\n")[0].split()), fields, presets, _assigned(body, "paper"))
+
+
+def _lineage(classes: dict[str, ast.ClassDef], name: str) -> list[ast.ClassDef]:
+    """A class and those of its own module that it inherits from, the oldest first."""
+    bases = [ast.unparse(base) for base in classes[name].bases]
+    older = [kind for base in bases if base in classes for kind in _lineage(classes, base)]
+    return [*older, classes[name]]
+
+
+def _settings(source: str, body: ast.ClassDef) -> dict[str, str]:
+    """Name and default of what can be set: keywords of a constructor where there is one, else the fields of a dataclass."""
+    made = next((n.args for n in body.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    if made is not None:
+        taken = zip(made.kwonlyargs, made.kw_defaults, strict=True)
+        return {argument.arg: NEEDED if value is None else _default(source, value) for argument, value in taken}
+    return {
+        node.target.id: _default(source, node.value)
         for node in body.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
         if not ast.unparse(node.annotation).startswith("ClassVar")
-    )
-    presets = _assigned(body, "presets") or {}
-    return Entry(name, kind, text.partition("\n")[0], fields, presets, _assigned(body, "paper"))
+    }
 
 
 def _default(source: str, value: ast.expr) -> str:

@@ -1,6 +1,8 @@
 """A run: every arm for every seed, one results file, one verdict. The same call continues a stopped run."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from hf_backdoor_defense.attacks.poisoning import trigger_dataset
 from hf_backdoor_defense.data.summary import baselines
 from hf_backdoor_defense.experiment.arguments import only_observes
 from hf_backdoor_defense.experiment.arms import SeedData, train_arm
+from hf_backdoor_defense.experiment.behind import Behind, stand_before
 from hf_backdoor_defense.experiment.plan import PLAN_NAME, Plan, poison
 from hf_backdoor_defense.experiment.summary import Outcome, rankings, records_of, summarize_run, write_outcome
 from hf_backdoor_defense.objectives import Objective
@@ -27,6 +30,7 @@ def execute(plan: Plan) -> Outcome:
     between: dict[int, dict[str, list[dict[str, Any]]]] = {}
     suspects: list[dict[str, Any]] = []
     planted: dict[int, set[int]] = {}
+    behind: Behind = {}
     for seed in plan.run.seeds:
         data = seed_data(plan, seed)
         if data.poisoned is not None:
@@ -35,9 +39,11 @@ def execute(plan: Plan) -> Outcome:
             planted[seed] = set(np.asarray(rows["row_id"])[flags].tolist())
         results[seed], between[seed], found = _run_seed(plan, data)
         suspects += found
-    records = records_of(plan, results, between, planted, _baselines(plan))
-    outcome = summarize_run(plan, results, between, records)
-    write_outcome(plan, outcome, results, between, suspects, planted)
+        if plan.run.filters:
+            behind[seed] = _filters(plan, seed)
+    records = records_of(plan, results, between, planted, _baselines(plan), behind)
+    outcome = summarize_run(plan, results, between, records, behind)
+    write_outcome(plan, outcome, results, between, suspects, planted, behind)
     return outcome
 
 
@@ -52,8 +58,8 @@ def _run_seed(
     recorded: dict[str, Objective] = {}
     between: dict[str, list[dict[str, Any]]] = {}
     suspects: list[dict[str, Any]] = []
-    total = len(plan.arms) * len(run.seeds)
-    for number, arm in enumerate(plan.arms, start=1 + len(plan.arms) * run.seeds.index(data.seed)):
+    total, before = _steps(plan, data.seed)
+    for number, arm in enumerate(plan.arms, start=1 + before):
         keep = run.save_models if run.simulate else arm in by_name or not by_name
         options: dict[str, Any] = {
             "arm": arm,
@@ -61,6 +67,8 @@ def _run_seed(
             "folder": plan.folder / "arms" / f"seed-{data.seed}" / arm,
             "keep_model": plan.folder / "models" / f"seed-{data.seed}" / arm if keep else None,
         }
+        if arm == "undefended" and run.filters:
+            options["keep_model"] = _base(plan, data.seed)
         if arm == "clean_reference":
             options["clean"] = True
         elif arm == "undefended":
@@ -78,6 +86,37 @@ def _run_seed(
         elif arm in recorded:
             suspects += _suspects(rankings(results, between)[arm], data)
     return results, between, suspects
+
+
+def _steps(plan: Plan, seed: int) -> tuple[int, int]:
+    """How many arms and filters there are in all, and how many of them come before a seed's."""
+    of_seed = len(plan.arms) + len(plan.run.filters)
+    return of_seed * len(plan.run.seeds), of_seed * plan.run.seeds.index(seed)
+
+
+def _base(plan: Plan, seed: int) -> Path:
+    """Where the undefended model is for the filters: with the other models where these are kept, else until they are done."""
+    kept = plan.folder / "models" / f"seed-{seed}" / "undefended"
+    return kept if plan.run.save_models else plan.folder / "arms" / f"seed-{seed}" / "undefended" / "model"
+
+
+def _filters(plan: Plan, seed: int) -> dict[str, dict[str, Any]]:
+    """Every filter before the undefended model of one seed."""
+    base, (total, before) = _base(plan, seed), _steps(plan, seed)
+    found = {
+        name: stand_before(
+            plan,
+            seed,
+            name=name,
+            base=base,
+            folder=plan.folder / "arms" / f"seed-{seed}" / "undefended" / name,
+            title=f"[{number}/{total}] {name} before undefended, seed {seed}",
+        )
+        for number, name in enumerate(plan.run.filters, start=1 + before + len(plan.arms))
+    }
+    if not plan.run.save_models:
+        shutil.rmtree(base, ignore_errors=True)
+    return found
 
 
 def _filtered(

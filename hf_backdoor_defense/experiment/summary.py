@@ -15,6 +15,15 @@ from hf_backdoor_defense.evaluation.metrics import (
     precision_at,
     wilson,
 )
+from hf_backdoor_defense.experiment.behind import (
+    Behind,
+    brief,
+    filter_failures,
+    filter_histograms,
+    filter_records,
+    filter_table,
+    filter_verdict,
+)
 from hf_backdoor_defense.experiment.command import command
 from hf_backdoor_defense.reporting.histograms import count_rows
 from hf_backdoor_defense.reporting.html import REPORT_NAME, write_report
@@ -49,6 +58,7 @@ def records_of(
     between: dict[int, Between],
     planted: dict[int, set[int]],
     baselines: dict[str, tuple[int, int]],
+    behind: Behind | None = None,
 ) -> list[Record]:
     """Every measured value of a run, one record each."""
     run = plan.run
@@ -104,12 +114,14 @@ def records_of(
             add(seed, arm, "precision", precision_at(hits, sum(hits)))
             add(seed, arm, "recall", len(planted[seed] & set(ranking["dropped"])) / len(planted[seed]))
             add(seed, arm, "auroc", auroc(ranking["scores"], hits))
-    return records
+    return records + filter_records(behind or {}, common)
 
 
-def summarize_run(plan: Any, results: Results, between: dict[int, Between], records: list[Record]) -> Outcome:
+def summarize_run(
+    plan: Any, results: Results, between: dict[int, Between], records: list[Record], behind: Behind | None = None
+) -> Outcome:
     """Table, gates and verdict."""
-    failures = []
+    failures = filter_failures(behind or {})
     run = plan.run
     for objective in plan.defenses:
         for seed, arms in results.items():
@@ -129,7 +141,17 @@ def summarize_run(plan: Any, results: Results, between: dict[int, Between], reco
         failures.append("GATE: the attack did not take, so nothing was tested: raise --poison_rate or train longer")
     planted = plan.planted["requested"] if plan.planted else None
     majority = max((r.value for r in records if r.defense == "majority"), default=None)
-    return Outcome(records, render_terminal(records, planted=planted), verdict(plan, results, majority), failures)
+    table = render_terminal(_of_arms(plan, records), planted=planted)
+    said = verdict(plan, results, majority)
+    if behind:
+        table = "\n\n".join(filter(None, [table, filter_table(records, run.filters)]))
+        said = " ".join(filter(None, [said, filter_verdict(behind) if attack_took(results) else ""]))
+    return Outcome(records, table, said, failures)
+
+
+def _of_arms(plan: Any, records: list[Record]) -> list[Record]:
+    """Without the filters, whose figures have columns of their own."""
+    return [record for record in records if record.defense not in plan.run.filters]
 
 
 def attack_took(results: Results) -> bool:
@@ -201,6 +223,7 @@ def write_outcome(
     between: dict[int, Between],
     suspects: list[dict[str, Any]],
     planted: dict[int, set[int]],
+    behind: Behind | None = None,
 ) -> None:
     """`results.json`, `suspects.jsonl`, `table.txt`, the plots and `report.html`, each whole or not at all."""
     folder, run = plan.folder, plan.run
@@ -224,7 +247,8 @@ def write_outcome(
             "arms": {
                 str(seed): {arm: _brief(result) for arm, result in arms.items()} for seed, arms in results.items()
             },
-            "histograms": histograms(results, between, planted),
+            "histograms": histograms(results, between, planted) + filter_histograms(behind or {}),
+            **({"filters": brief(behind)} if behind else {}),
         },
     )
     write_bytes(folder / "table.txt", f"{outcome.table}\n\n{outcome.verdict}\n".encode())
@@ -232,14 +256,14 @@ def write_outcome(
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in suspects)
         write_bytes(folder / "suspects.jsonl", lines.encode())
     if run.simulate is not None:
-        _write_plots(folder, outcome, results, between, planted)
+        _write_plots(folder, _of_arms(plan, outcome.records), results, between, planted)
     write_report([folder], folder / REPORT_NAME)
 
 
 def _write_plots(
-    folder: Path, outcome: Outcome, results: Results, between: dict[int, Between], planted: dict[int, set[int]]
+    folder: Path, records: list[Record], results: Results, between: dict[int, Between], planted: dict[int, set[int]]
 ) -> None:
-    plot_ca_asr(outcome.records, folder / "ca_asr.png")
+    plot_ca_asr(records, folder / "ca_asr.png")
     floor = _mean(results, "clean_reference", "asr")
     arms_of = next(iter(results.values()))
     curves = {arm: {seed: arms[arm]["curve"] for seed, arms in results.items()} for arm in arms_of}

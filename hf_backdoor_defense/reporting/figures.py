@@ -190,11 +190,21 @@ def _number(value: float, share: bool) -> str:
     return f"{value:.2f}" if share else f"{value:.3g}"
 
 
-def counts(histogram: Histogram, *, title: str, axis: str) -> Picture:
+def counts(
+    histogram: Histogram,
+    *,
+    title: str,
+    axis: str,
+    groups: tuple[str, str] = ("other rows", "planted rows"),
+    gone: str = "dropped",
+    bounds: Sequence[float] | None = None,
+) -> Picture:
     """Rows per bin on a logarithmic axis, all seeds together; dashed lines where rows begin to be dropped.
 
     Args:
         histogram: of one arm. axis: what the value is.
+        groups, gone: what its `other` and `planted` rows are, and what became of those that are counted as dropped.
+        bounds: where the dashed lines are, in place of the lowest value that was dropped.
 
     Example:
         >>> seeds = {0: {"planted": [0, 2], "other": [5, 0], "planted_mean": 0.9, "other_mean": 0.1}}
@@ -203,15 +213,15 @@ def counts(histogram: Histogram, *, title: str, axis: str) -> Picture:
     """
     entries = list(histogram.seeds.values())
     known = all(entry["planted"] is not None for entry in entries)
-    groups = [("other", "other rows" if known else "rows", BLUE)] + ([("planted", "planted rows", VERMILION)] * known)
+    parts = [("other", groups[0] if known else "rows", BLUE)] + ([("planted", groups[1], VERMILION)] * known)
     edges = np.asarray(histogram.edges)
     places = np.arange(len(edges))  # every bin is as wide as any other, whatever the scale
     height = 2.9
     figure = blank(WIDTH, height, dpi=100)
-    axes = figure.add_axes((0.66 / WIDTH, 0.5 / height, 1 - 0.8 / WIDTH, 1 - (0.74 + 0.2 * len(groups)) / height))
+    axes = figure.add_axes((0.66 / WIDTH, 0.5 / height, 1 - 0.8 / WIDTH, 1 - (0.74 + 0.2 * len(parts)) / height))
     plain(axes, "y")
     words = []
-    for line, (group, name, color) in enumerate(groups):
+    for line, (group, name, color) in enumerate(parts):
         total = np.sum([entry[group] for entry in entries], axis=0)
         axes.stairs(np.maximum(total, 0.5), places, baseline=0.5, fill=True, color=color, alpha=0.3)
         axes.stairs(np.maximum(total, 0.5), places, baseline=0.5, color=color, linewidth=1.3)
@@ -219,13 +229,13 @@ def counts(histogram: Histogram, *, title: str, axis: str) -> Picture:
         means = [(e[f"{group}_mean"], sum(e[group])) for e in entries if e.get(f"{group}_mean") is not None]
         if total.sum() and means:
             text += f", mean {np.average([mean for mean, _ in means], weights=[n for _, n in means]):.3g}"
-        gone = [e[f"{group}_dropped"] for e in entries if e.get(f"{group}_dropped") is not None]
-        text += f", {sum(gone)} dropped" if gone else ""
+        left = [e[f"{group}_dropped"] for e in entries if e.get(f"{group}_dropped") is not None]
+        text += f", {sum(left)} {gone}" if left else ""
         words.append(text)
-        y = 1 - (0.17 + 0.2 * (len(groups) - 1 - line)) / height
+        y = 1 - (0.17 + 0.2 * (len(parts) - 1 - line)) / height
         figure.text(0.66 / WIDTH, y, f"■ {text}", color=color, fontsize=9.5)
-    lowest = [e["lowest_dropped"] for e in entries if e.get("lowest_dropped") is not None]
-    for x in np.interp(lowest, edges, places):
+    lowest = [e["lowest_dropped"] for e in entries if e.get("lowest_dropped") is not None] if bounds is None else []
+    for x in np.interp([*lowest, *(bounds or ())], edges, places):
         axes.axvline(x, color="black", linestyle=(0, (4, 3)), linewidth=1)
     if lowest:
         words.append("lowest dropped " + ", ".join(f"{x:.3g}" for x in lowest))

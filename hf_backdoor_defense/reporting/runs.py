@@ -1,13 +1,13 @@
 """A run folder, read and checked for the report: `results.json`, and `suspects.jsonl` where there is one.
 
-Nothing else is read, so that a report can be made again after the arms' folders are gone. Results of an earlier version
-lack keys that came later (`command`, `gates`, `trigger`, `histograms`, an arm's `history`): what needs them is left out.
+Nothing else is read, so that a report can be made again after the arms' folders are gone. Results of an earlier version lack
+keys that came later (`command`, `gates`, `trigger`, `histograms`, `filters`, an arm's `history`): what needs them is left out.
 """
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,17 @@ class Histogram:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Filtered:
+    """One filter before the undefended model: why it could not be used (empty where it could), what it learned and was
+    calibrated with (`rows`), the thresholds of its score, and what it says of itself."""
+
+    reason: str
+    rows: dict[str, float]
+    bounds: list[float]
+    activity: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One run, as its folder has it. `name` is the folder's; `arms` is by seed and arm, `between` by seed and "arm, round i":
     the trainings that were only a step of a method."""
@@ -57,6 +68,12 @@ class Run:
     between: dict[int, dict[str, Arm]]
     histograms: list[Histogram]
     suspects: list[dict[str, Any]]
+    filters: dict[int, dict[str, Filtered]] = field(default_factory=dict)
+
+    @property
+    def filter_names(self) -> list[str]:
+        """The filters that were measured, in their order."""
+        return list(dict.fromkeys(name for filters in self.filters.values() for name in filters))
 
 
 def read_run(folder: str | Path) -> Run:
@@ -126,6 +143,13 @@ def read_run(folder: str | Path) -> Run:
             for i, item in enumerate(check.items(payload.get("histograms") or [], "histograms"))
         ],
         suspects=_read_suspects(folder / SUSPECTS),
+        filters={
+            check.seed(seed, "filters"): {
+                name: check.filtered(item, f"filters.{seed}.{name}")
+                for name, item in check.mapping(filters, f"filters.{seed}").items()
+            }
+            for seed, filters in check.mapping(payload.get("filters") or {}, "filters").items()
+        },
     )
 
 
@@ -191,6 +215,17 @@ class _Checker:
             curve=self.points(arm.get("curve") or [], f"{where}.curve", shares=True),
             history=self.points(arm.get("history") or [], f"{where}.history", shares=False),
             objectives=objectives,
+        )
+
+    def filtered(self, value: Any, where: str) -> Filtered:
+        item = self.mapping(value, where)
+        calibration = self.mapping(item.get("calibration") or {}, f"{where}.calibration")
+        bounds = [calibration.get(side) for side in ("lower", "upper")]
+        return Filtered(
+            reason=self.text(item.get("reason", ""), f"{where}.reason"),
+            rows=self.numbers(item.get("rows") or {}, f"{where}.rows"),
+            bounds=[self.number(bound, f"{where}.calibration") for bound in bounds if bound is not None],
+            activity=self.numbers(item.get("activity") or {}, f"{where}.activity"),
         )
 
     def histogram(self, value: Any, where: str) -> Histogram:

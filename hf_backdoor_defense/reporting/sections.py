@@ -11,6 +11,7 @@ from hf_backdoor_defense.reporting.runs import Run
 from hf_backdoor_defense.reporting.tables import BASELINES, Row, cells, seeds_note, summarize
 
 RESULTS = ("ca", "asr", "ftr", "r_acc", "der", "precision", "recall", "time_ratio", "peak_bytes")
+BEHIND = ("ca", "selective_ca", "coverage", "asr", "frr", "far", "auroc", "passes", "seconds")
 COST = ("seconds", "time_ratio", "peak_bytes", "memory_ratio")
 MAX_TERMS = 12
 _AXES = {"pull": "r_t, share of the pull that the row kept"}
@@ -50,6 +51,9 @@ class Section:
     pulls: list[Picture]
     scores: list[Picture]
     suspects: list[dict[str, Any]]
+    behind: Table
+    behind_notes: list[str]
+    behind_scores: list[Picture]
     cost: Table
     activity: Table
     command: str
@@ -61,7 +65,8 @@ def section(run: Run) -> Section:
 
     Example: see `html.render`.
     """
-    rows = summarize(run.records)
+    filters = run.filter_names
+    rows = summarize([record for record in run.records if record.defense not in filters])
     first = run.records[0]
     attacked = first.attack != "none"
     floors = [row.estimates["ftr"].value for row in rows if "ftr" in row.estimates]
@@ -84,7 +89,7 @@ def section(run: Run) -> Section:
         pulls=[
             counts(h, title=f"{h.arm}: {h.name} per row", axis=_AXES.get(h.name, h.name))
             for h in run.histograms
-            if h.name != "scores"
+            if h.name not in ("scores", "filter_scores")
         ],
         scores=[
             counts(h, title=f"{h.arm}: suspicion of each training row", axis="suspicion score")
@@ -92,6 +97,22 @@ def section(run: Run) -> Section:
             if h.name == "scores"
         ],
         suspects=run.suspects,
+        behind=_behind(run),
+        behind_notes=_behind_notes(run),
+        behind_scores=[
+            counts(
+                h,
+                title=f"{h.arm}: score of each reported row",
+                axis="score",
+                groups=("clean rows", "triggered rows"),
+                gone="flagged",
+                bounds=[
+                    bound for of_seed in run.filters.values() if h.arm in of_seed for bound in of_seed[h.arm].bounds
+                ],
+            )
+            for h in run.histograms
+            if h.name == "filter_scores"
+        ],
         cost=_table([row for row in rows if set(COST) & set(row.estimates)], COST),
         activity=_activity(run),
         command=shlex.join(run.command),
@@ -101,7 +122,7 @@ def section(run: Run) -> Section:
 
 def comparison(runs: list[Run]) -> list[tuple[str, Table]]:
     """The results of several runs in the same columns, one table for each run."""
-    rows = [summarize(run.records) for run in runs]
+    rows = [summarize([r for r in run.records if r.defense not in run.filter_names]) for run in runs]
     columns = [metric for metric in RESULTS if any(metric in row.estimates for found in rows for row in found)]
     return [
         (run.name, Table(head=(table := cells(found, columns))[0], rows=table[1:], note=seeds_note(found, columns)))
@@ -113,6 +134,31 @@ def _table(rows: list[Row], metrics: tuple[str, ...]) -> Table:
     columns = [metric for metric in metrics if any(metric in row.estimates for row in rows)]
     head, *body = cells(rows, columns)
     return Table(head=head, rows=body, note=seeds_note(rows, columns) if rows else "")
+
+
+def _behind(run: Run) -> Table:
+    """The filters beside the model that they stand before."""
+    found = [r for r in run.records if r.defense in run.filter_names]
+    plain = [r for r in run.records if r.defense == "undefended" and r.metric in ("ca", "asr")]
+    return _table(summarize([*plain, *found]), BEHIND) if found else Table(head=[], rows=[])
+
+
+def _behind_notes(run: Run) -> list[str]:
+    """Per filter and seed: what it was made from, or why it could not be used."""
+    notes = []
+    for seed, filters in sorted(run.filters.items()):
+        for name, of_filter in filters.items():
+            if of_filter.reason:
+                notes.append(f"{name}, seed {seed}: not used. {of_filter.reason}")
+                continue
+            # A filter that learns nothing has no activity, and its half is left.
+            learned = f"learned from {of_filter.rows.get('fit', 0):.0f} clean texts, " if of_filter.activity else ""
+            said = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in of_filter.activity.items())
+            notes.append(
+                f"{name}, seed {seed}: {learned}calibrated on {of_filter.rows.get('calibrate', 0):.0f}"
+                f"{' others' if learned else ' clean texts'}{f' ({said})' if said else ''}."
+            )
+    return notes
 
 
 def _passed(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import inspect
 import json
 import subprocess
 import sys
@@ -13,11 +14,30 @@ from hf_backdoor_defense.attacks.triggers import TRIGGERS
 from hf_backdoor_defense.cli.main import main
 from hf_backdoor_defense.experiment import machine as machine_module
 from hf_backdoor_defense.experiment.arguments import PRESETS
-from hf_backdoor_defense.experiment.inventory import entries, find
+from hf_backdoor_defense.experiment.inventory import NEEDED, entries, find
 from hf_backdoor_defense.experiment.machine import OPTIONAL, describe, machine
-from hf_backdoor_defense.registry import COMPARATORS, CONTROLS, DEFENSES, objective_class
+from hf_backdoor_defense.registry import (
+    ATTACKS,
+    COMPARATORS,
+    CONTROLS,
+    DEFENSES,
+    DETECTORS,
+    FILTERS,
+    filter_class,
+    objective_class,
+)
 
-METHODS = [*DEFENSES, *COMPARATORS, *CONTROLS]
+METHODS = [*DEFENSES, *COMPARATORS, *CONTROLS, *ATTACKS, *DETECTORS]
+TABLES = {
+    "defenses": DEFENSES,
+    "comparators": COMPARATORS,
+    "controls": CONTROLS,
+    "triggers": TRIGGERS,
+    "presets": PRESETS,
+    "attacks": ATTACKS,
+    "detectors": DETECTORS,
+    "filters": FILTERS,
+}
 
 
 def off(found):
@@ -27,10 +47,8 @@ def off(found):
 def test_list_names_everything_once_by_kind(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
-    blocks = dict(
-        zip(["defenses", "comparators", "controls", "triggers", "presets"], printed.split("\n\n"), strict=False)
-    )
-    for kind, names in zip(blocks, [DEFENSES, COMPARATORS, CONTROLS, TRIGGERS, PRESETS], strict=True):
+    blocks = dict(zip(TABLES, printed.split("\n\n"), strict=False))
+    for kind, names in TABLES.items():
         head, *lines = blocks[kind].splitlines()
         assert head.startswith(f"{kind} (") and [line.split()[0] for line in lines] == list(names)
         assert all(len(line.split(maxsplit=1)[1]) > 10 for line in lines)
@@ -40,8 +58,8 @@ def test_list_names_everything_once_by_kind(capsys):
 @pytest.mark.parametrize("name", [*METHODS, *TRIGGERS])
 def test_what_the_source_says_is_what_the_class_is(name):
     kind = TRIGGERS.get(name) or objective_class(name)
-    entry = find(name)
-    assert entry.line and entry.line == kind.__doc__.strip().splitlines()[0]
+    entry = next(entry for entry in find(name) if entry.kind != "filters")
+    assert entry.line and entry.line == " ".join(inspect.getdoc(kind).split("\n\n")[0].split())
     assert entry.paper == getattr(kind, "paper", None) and entry.presets == dict(getattr(kind, "presets", {}))
     real = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
     assert {item.name: eval(item.default, {}) for item in entry.fields} == real
@@ -49,7 +67,31 @@ def test_what_the_source_says_is_what_the_class_is(name):
 
 def test_a_run_preset_is_shown_as_it_is():
     for name, values in PRESETS.items():
-        assert {item.name: eval(item.default, {}) for item in find(name).fields} == values
+        (entry,) = find(name)
+        assert {item.name: eval(item.default, {}) for item in entry.fields} == values
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_what_the_source_says_of_a_filter_is_what_its_constructor_takes(name):
+    kind = filter_class(name)
+    entry = next(entry for entry in find(name) if entry.kind == "filters")
+    assert entry.line == " ".join(inspect.getdoc(kind).split("\n\n")[0].split()) and entry.paper == kind.paper
+    taken = inspect.signature(kind).parameters.values()
+    real = {p.name: p.default for p in taken if p.kind is p.KEYWORD_ONLY}
+    assert list(real) == [item.name for item in entry.fields]
+    for item in entry.fields:
+        assert (
+            item.default == NEEDED
+            if real[item.name] is inspect.Parameter.empty
+            else eval(item.default, {}) == real[item.name]
+        )
+
+
+def test_a_filter_and_what_it_trains_are_both_shown(capsys):
+    assert main(["list", "psim"]) == 0
+    printed = capsys.readouterr().out
+    assert "psim (detectors)" in printed and "psim (filters)" in printed and "stop_margin = " in printed
+    assert "base_sha256 = (needed)" in printed
 
 
 def test_a_name_shows_fields_defaults_presets_and_what_they_mean(capsys):

@@ -124,6 +124,27 @@ def test_counts_add_up_over_the_seeds(drawn: list[Figure], planted: bool, tail: 
     assert_legible(drawn[0])
 
 
+def test_counts_of_a_filter_say_what_was_flagged_and_draw_both_thresholds(drawn: list[Figure]) -> None:
+    given = histogram(True)
+    picture = counts(
+        given,
+        title="Scores",
+        axis="score",
+        groups=("clean rows", "triggered rows"),
+        gone="flagged",
+        bounds=[-1.0, 2.0],
+    )
+    assert "582 clean rows" in picture.alt and "18 triggered rows" in picture.alt and "lowest" not in picture.alt
+    assert "2 flagged" in picture.alt and "dropped" not in picture.alt
+    # The place of a threshold between the edges of its bin, by hand.
+    dashed = [float(line.get_xdata()[0]) for line in drawn[0].axes[0].lines]
+    for place, bound in zip(dashed, [-1.0, 2.0], strict=True):
+        low = int(place)
+        between = (bound - given.edges[low]) / (given.edges[low + 1] - given.edges[low])
+        assert place - low == pytest.approx(between)
+    assert_legible(drawn[0])
+
+
 def test_the_same_numbers_are_the_same_bytes_and_leave_no_setting_behind() -> None:
     import matplotlib
 

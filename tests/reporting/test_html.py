@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from scipy.stats import t as student
 
+from hf_backdoor_defense.reporting.histograms import count_rows
 from hf_backdoor_defense.reporting.html import cut, render, visible, write_report
 from hf_backdoor_defense.reporting.runs import read_run
 from tests.reporting.run_folders import HOSTILE, payload, suspects, write_run
@@ -208,6 +209,72 @@ def test_several_runs_share_a_table_and_keep_apart(three: Path, tmp_path: Path) 
     assert "mean and 95 % interval over 3 seeds" in text and text.count("preliminary: 1 seed") >= 4
     assert text.count("How to read this") == 1 and len(page.all("img")) > len(page_of(three).all("img"))
     assert page.text("caption").startswith("One row per arm; nothing is averaged over runs")
+
+
+def filtered(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
+    """A run with two filters before the undefended model, the second of which failed for the last seed."""
+    results = payload(seeds)
+    undefended = next(r for r in results["records"] if r["defense"] == "undefended")
+    levels = {"confidence": (0.82, 0.98, 0.013, 0.99, 0.83), "psim": (0.825, 0.09, 0.006, 0.101, 0.993)}
+    results["filters"] = {}
+    for seed in seeds:
+        for name, values in levels.items():
+            bad = name == "psim" and seed == seeds[-1] and len(seeds) > 1
+            of_filter = {"usable": not bad, "rows": {"fit": 209, "calibrate": 419}, "activity": {}}
+            results["filters"].setdefault(str(seed), {})[name] = of_filter
+            if bad:
+                of_filter["reason"] = "clean confidence fell only to 0.94 <b>"
+                continue
+            of_filter |= {
+                "calibration": {"upper": -0.5, "lower": None},
+                "activity": {"steps": 40.0} if name == "psim" else {},
+            }
+            for metric, value in zip(("ca", "asr", "frr", "far", "auroc"), values, strict=True):
+                results["records"].append(
+                    {
+                        **undefended,
+                        "seed": seed,
+                        "defense": name,
+                        "metric": metric,
+                        "value": value,
+                        "low": None,
+                        "high": None,
+                    }
+                )
+    for name in levels:
+        scores = {seed: (list(range(30)), [-i / 10 for i in range(30)]) for seed in seeds}
+        counted = count_rows(scores, planted={s: range(20, 30) for s in seeds}, dropped={s: range(5) for s in seeds})
+        results["histograms"].append({"arm": name, "name": "filter_scores", **(counted or {})})
+    return results
+
+
+def test_filters_have_a_section_of_their_own_that_names_the_threat(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", filtered()))
+    text = page.text()
+    assert "This is a different threat: the weights are untrusted, the data clean." in text
+    assert "psim, seed 0: learned from 209 clean texts, calibrated on 419 others (steps 40)." in text
+    assert "confidence, seed 1: calibrated on 419 clean texts." in text
+    assert "psim, seed 2: not used. clean confidence fell only to 0.94 <b>" in text
+    captions = page.text("caption")
+    assert "The undefended model alone, and behind each filter" in captions
+    # Their rows stand in that table and in no other: the arms have other columns.
+    rows = [data for tag, data in page.words if tag == "th"]
+    assert rows.count("psim") == rows.count("confidence") == 1
+    titles = page.text("figcaption")
+    assert "psim: score of each reported row" in titles and "psim: filter_scores" not in titles
+    alts = " ".join(str(image["alt"]) for image in page.all("img"))
+    assert "triggered rows" in alts and "15 flagged" in alts
+
+
+def test_a_run_without_filters_says_nothing_of_them(three: Path) -> None:
+    text = page_of(three).text()
+    assert "Behind a filter" not in text and "different threat" not in text
+
+
+def test_filters_do_not_stand_in_the_table_of_several_runs(three: Path, tmp_path: Path) -> None:
+    page = page_of(three, write_run(tmp_path / "b", filtered((0,))))
+    common = page.text().partition("Attacked on purpose")[0]
+    assert "psim" not in common and "psim" in page.text()
 
 
 def test_many_terms_are_cut_and_named(tmp_path: Path) -> None:

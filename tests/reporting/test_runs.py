@@ -63,6 +63,11 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a histogram of nobody": (lambda p: p["histograms"][0].pop("arm"), "`histograms[0].arm` must be text"),
     "a histogram without seeds": (lambda p: p["histograms"][0].update(seeds={}), "counts by seed"),
     "a gate that is text": (lambda p: p.update(gates={"max_ca_drop": "low"}), "`gates.max_ca_drop`"),
+    "a filter without a name": (lambda p: p.update(filters={"0": [1]}), "`filters.0` must be an object"),
+    "a filter's threshold that is text": (
+        lambda p: p.update(filters={"0": {"psim": {"calibration": {"upper": "high"}}}}),
+        "`filters.0.psim.calibration` must be a finite number, got 'high'",
+    ),
     "a command that is text": (lambda p: p.update(command="hfbd"), "`command` must be a list"),
 }
 
