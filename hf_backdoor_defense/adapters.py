@@ -113,6 +113,29 @@ def refusals(model: Any, name: str) -> list[str]:
     return reasons
 
 
+def remove_adapter(model: Any) -> Any:
+    """Undo `apply_strategy` in place: the base as it was before, head included, all of it trainable. Returns it.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+    >>> base = BertForSequenceClassification(config)
+    >>> remove_adapter(apply_strategy(base, "lora")) is base, has_adapter(base)
+    (True, False)
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    base = model.get_base_model()
+    for name, module in list(base.named_modules()):
+        original = getattr(module, "original_module", None) or getattr(module, "base_layer", None)
+        if original is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, original)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        if attribute in vars(base):
+            delattr(base, attribute)
+    return base.requires_grad_(True)
+
+
 def has_adapter(model: Any) -> bool:
     """Whether a model is wrapped by peft, or carries an adapter that was loaded into it (also a merged one)."""
     if hasattr(model, "peft_config"):

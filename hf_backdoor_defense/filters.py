@@ -12,6 +12,7 @@
 A filter never drops an input: whoever asked gets one answer per text. It knows no labels of the inputs, no trigger, no target.
 """
 
+import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -50,6 +51,7 @@ class Filter(ABC):
     tail: ClassVar[Tail] = "both"
     edits: ClassVar[bool] = False  # whether it hands on a changed text rather than a flag (ONION)
     calibration: Calibration | None = None
+    calibrated_on: frozenset[int] = frozenset()  # hashes of the calibration texts: they measure nothing afterwards
 
     @abstractmethod
     def score(self, texts: Sequence[str]) -> np.ndarray:
@@ -67,6 +69,7 @@ class Filter(ABC):
             ValueError: too few texts for the rate.
         """
         self.calibration = conformal_threshold(self.score(texts), target_frr, tail=tail or self.tail)
+        self.calibrated_on = frozenset(map(text_hash, texts))
         return self.calibration
 
     def flags(self, scores: Any) -> np.ndarray:
@@ -82,7 +85,17 @@ class Filter(ABC):
         return self.flags(self.score(texts))
 
     def measure_frr(self, texts: Sequence[str]) -> dict[str, float]:
-        """The false rejection rate on further clean texts, with a Clopper-Pearson interval: value, n, low, high."""
+        """The false rejection rate on further clean texts, with a Clopper-Pearson interval: value, n, low, high.
+
+        Raises:
+            ValueError: texts that it was calibrated on, whose rate is known beforehand.
+        """
+        known = sum(text_hash(text) in self.calibrated_on for text in texts)
+        if known:
+            raise ValueError(
+                f"{known} of {len(texts)} texts are among those that {self.name} was calibrated on: their rate was chosen and "
+                "measures nothing. Give texts that were kept apart."
+            )
         flagged = self.flag(texts)
         low, high = clopper_pearson(int(flagged.sum()), len(flagged))
         return {"value": float(flagged.mean()), "n": len(flagged), "low": low, "high": high}
@@ -90,7 +103,12 @@ class Filter(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Name, calibration and what a subclass adds: JSON values, for `save`."""
         calibration = None if self.calibration is None else self.calibration.to_dict()
-        return {"version": 1, "name": self.name, "calibration": calibration}
+        return {
+            "version": 1,
+            "name": self.name,
+            "calibration": calibration,
+            "calibrated_on": sorted(self.calibrated_on),
+        }
 
     def save(self, folder: str | Path) -> None:
         """Write `filter.json`, whole or not at all; a subclass adds its tensors beside it, before calling this."""
@@ -99,6 +117,15 @@ class Filter(ABC):
         partial = folder / f".{FILTER_FILE}.partial"
         partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
         os.replace(partial, folder / FILTER_FILE)
+
+
+def text_hash(text: str, salt: str = "") -> int:
+    """A signed 64-bit hash of a text: to know it again without keeping it, and, with a salt, to draw texts in any order alike.
+
+    >>> text_hash("a fine film") == text_hash("a fine film"), text_hash("a fine film") == text_hash("a fine film", "1|")
+    (True, False)
+    """
+    return int.from_bytes(hashlib.blake2b(f"{salt}{text}".encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def read_filter(folder: str | Path, name: str) -> tuple[dict[str, Any], Calibration | None]:

@@ -19,7 +19,7 @@ points to. Both are ours and the default (docs/log.md has the search).
 Training stops once c_p95 <= 1/k + `stop_margin`, looked at every `stop_every` updates, on held-out clean rows alone.
 
 Source: arXiv 2402.12168 (abstract) and its authors' code: P-tuning with 5 virtual tokens, one epoch at 2e-5, flagged above 0.7;
-no stop rule, no calibration. That is `preset("paper")`.
+no stop rule, no calibration. That is `preset("paper")`; the rate is the host's, and `PSIMFilter.fit` takes it for this preset.
 """
 
 import hashlib
@@ -156,7 +156,13 @@ class PSIM(Objective):
     def prepare(self, trainer: Any, *, checkpoint: str | None) -> None:
         args = trainer.args
         if not has_adapter(trainer.model):
-            self._base_sha256 = weights_sha256(trainer.model)
+            sha256 = weights_sha256(trainer.model)
+            if checkpoint is not None and self._base_sha256 not in ("", sha256):
+                raise ValueError(
+                    f"`{checkpoint}` was trained on other weights (SHA-256 {self._base_sha256[:12]}…) than the base given "
+                    f"({sha256[:12]}…): half an adapter each would fit neither. Give that base, or start anew."
+                )
+            self._base_sha256 = sha256
             with torch.random.fork_rng():
                 torch.manual_seed(args.seed)  # the adapter's start: the same on every process and on resume
                 wrapped = apply_strategy(trainer.model, self.strategy, **(self.peft_config or {}))
@@ -168,9 +174,11 @@ class PSIM(Objective):
         rows = trainer.train_dataset
         column = "labels" if "labels" in rows.column_names else "label"  # the names that collators know
         drawn = random_labels(rows["row_id"], classes=self._classes, seed=args.seed)
-        self._rows, self._agreement = len(rows), 1 / self._classes
+        if not self._rows:  # a second training finds the drawn labels already
+            given = rows[column] if column in rows.column_names else None
+            self._agreement = 1 / self._classes if given is None else float(np.mean(drawn == np.asarray(given)))
+        self._rows = len(rows)
         if column in rows.column_names:
-            self._agreement = float(np.mean(drawn == np.asarray(rows[column])))
             rows = rows.remove_columns(column)
         trainer.train_dataset = cut(rows.add_column(column, drawn.tolist()), room(trainer.model))
         self._held_out = self._collate = None
@@ -178,15 +186,15 @@ class PSIM(Objective):
             self._held_out = cut(trainer.aux_datasets[HELD_OUT], room(trainer.model))
             self._collate = trainer.data_collator
             mean, p95 = self._look(trainer.model)
-            self._before = p95 if self._before is None else self._before
-            self._after, self._mean_after = p95, mean
+            if self._before is None:
+                self._before, self._after, self._mean_after = p95, p95, mean
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps = state.global_step
         if self._held_out is None or state.global_step % self.stop_every:
             return
         self._mean_after, self._after = self._look(kwargs["model"])
-        if self.stop_margin is not None and self._after <= 1 / self._classes + self.stop_margin:
+        if self.reached():
             self._stopped_at = state.global_step
             control.should_training_stop = True
 
@@ -218,6 +226,10 @@ class PSIM(Objective):
         return float(values.mean()), float(np.percentile(values, 95))
 
     # -- after training -----------------------------------------------------------------------------------------------
+    def reached(self) -> bool:
+        """Whether clean confidence, when last looked at, was low enough for the stop rule."""
+        return self.stop_margin is not None and (self._after or 1.0) <= 1 / max(self._classes, 1) + self.stop_margin
+
     @property
     def base_sha256(self) -> str:
         """Of the base's weights before it was wrapped; empty before training."""

@@ -58,7 +58,7 @@ class BoundFilter(Filter):
                 "means nothing for them. Give the model it was made with, or calibrate anew."
             )
         found = cls._restore(Path(folder), model, tokenizer, {**record["arguments"], **options})
-        found.calibration = calibration
+        found.calibration, found.calibrated_on = calibration, frozenset(record["calibrated_on"])
         return found
 
     @classmethod

@@ -59,5 +59,5 @@ class ConfidenceFilter(Filter):
                 "Calibrate anew."
             )
         found = cls(model, tokenizer, **{"max_length": record["max_length"], **options})
-        found.calibration = calibration
+        found.calibration, found.calibrated_on = calibration, frozenset(record["calibrated_on"])
         return found

@@ -9,8 +9,11 @@ training went too far the order turns over. Thresholds come from clean texts tha
 A module belongs to the weights it was trained on: the SHA-256 of the base stands in the artefact, and another base is an error.
 """
 
+import copy
 import hashlib
 import logging
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,9 +25,9 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, TrainingArguments
 
-from hf_backdoor_defense.adapters import has_adapter, room
+from hf_backdoor_defense.adapters import has_adapter, remove_adapter, room
 from hf_backdoor_defense.defenses.psim import HELD_OUT, PSIM
-from hf_backdoor_defense.filters import FILTER_FILE, Filter, read_filter
+from hf_backdoor_defense.filters import FILTER_FILE, Filter, read_filter, text_hash
 from hf_backdoor_defense.functional.thresholds import Calibration, Tail, log_confidence
 from hf_backdoor_defense.models import load_finished_classifier, text_logits, weights_sha256
 from hf_backdoor_defense.trainers.named import PSIMTrainer
@@ -32,6 +35,8 @@ from hf_backdoor_defense.trainers.named import PSIMTrainer
 logger = logging.getLogger(__name__)
 
 TENSORS_FILE = "psim.safetensors"
+BOUND_FILES = ("adapter_model.safetensors", "adapter_config.json", TENSORS_FILE)
+PUBLISHED_RATE = 2e-5  # authors' code; with `PSIM.preset("paper")`
 HELD_OUT_SHARE, HELD_OUT_MIN, HELD_OUT_MAX = 0.1, 32, 512
 
 
@@ -74,6 +79,7 @@ class PSIMFilter(Filter):
         limit = room(model)
         self.max_length = max_length if limit is None else min(max_length, limit)
         self.measured_frr: dict[str, float] | None = None
+        self._files: dict[str, str] = {}
 
     # -- training -----------------------------------------------------------------------------------------------------
     @classmethod
@@ -106,12 +112,13 @@ class PSIMFilter(Filter):
                 f"PSIM needs at least {4 * HELD_OUT_MIN} different clean texts to be trained on, got {len(unique)}: with fewer "
                 "it learns their random labels by heart. Give more texts of the task; they need no labels."
             )
-        ordered = sorted(unique, key=lambda text: _text_hash(text, seed))
+        ordered = sorted(unique, key=lambda text: text_hash(text, f"{seed}|"))
         count = min(max(round(HELD_OUT_SHARE * len(unique)), HELD_OUT_MIN), HELD_OUT_MAX)
         held_out, fitted = ordered[:count], ordered[count:]
         objective = psim or PSIM()
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = args or training_arguments(scratch)
+            published = {"learning_rate": PUBLISHED_RATE} if objective.threshold is not None else {}
+            arguments = copy.copy(args) if args is not None else training_arguments(scratch, **published)
             arguments.seed = seed
             trainer = PSIMTrainer(
                 base,
@@ -124,20 +131,20 @@ class PSIMFilter(Filter):
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        found = cls(
+            reason = objective.inert() or _not_reached(objective)
+            if reason:
+                remove_adapter(trainer.model)  # the base is the caller's, and may be tried again
+                raise PsimNotUsable(f"PSIM is not usable on this base: {reason}")
+        return cls(
             trainer.model.eval(),
             tokenizer,
             base_sha256=objective.base_sha256,
-            seen=(_text_hash(text) for text in unique),
+            seen=(text_hash(text) for text in unique),
             psim=objective,
             max_length=max_length,
             batch_size=batch_size,
             progress=progress,
         )
-        reason = objective.inert() or _not_reached(objective)
-        if reason:
-            raise PsimNotUsable(f"PSIM is not usable on this base: {reason}")
-        return found
 
     # -- scoring ------------------------------------------------------------------------------------------------------
     def logits(self, texts: Sequence[str]) -> torch.Tensor:
@@ -165,12 +172,7 @@ class PSIMFilter(Filter):
             ValueError: too few texts, or texts that the module was trained on.
             PsimNotUsable: so many clean texts have one and the same score that no threshold can part them.
         """
-        known = sum(_text_hash(text) in self.seen for text in texts)
-        if known:
-            raise ValueError(
-                f"{known} of {len(texts)} calibration texts were used to train the module: their scores are not those of new "
-                "texts, and the rate would not hold. Calibrate on texts that were kept apart."
-            )
+        self._refuse_seen(texts)
         if self.psim.threshold is not None:
             self.calibration = Calibration(tail="upper", upper=float(np.log(self.psim.threshold)))
             return self.calibration
@@ -187,18 +189,29 @@ class PSIMFilter(Filter):
         """As `Filter.measure_frr`; kept for the artefact.
 
         Raises:
-            PsimNotUsable: the rate is certainly above the one that was calibrated (the lower end of its 95 % interval is).
+            ValueError: texts that it was trained or calibrated on.
+            PsimNotUsable: the rate lies above what this calibration can have on texts of its own kind: the intervals do not meet.
         """
+        self._refuse_seen(texts)
         measured = super().measure_frr(texts)
         self.measured_frr = measured
-        target = self.calibration.target_frr if self.calibration is not None else None
-        if target is not None and measured["low"] > target:
+        calibration = self.calibration
+        highest = None if calibration is None else calibration.frr_high
+        if highest is not None and measured["low"] > highest:
             raise PsimNotUsable(
                 f"PSIM flags {measured['value']:.1%} of further clean texts (95 % interval from {measured['low']:.1%}) where "
-                f"{target:.1%} was asked for: these are other texts than those it was calibrated on. Calibrate on the texts "
-                "that it will serve."
+                f"at most {highest:.1%} fits the calibration: these are other texts than those it was calibrated on. Calibrate "
+                "on the texts that it will serve."
             )
         return measured
+
+    def _refuse_seen(self, texts: Sequence[str]) -> None:
+        known = sum(text_hash(text) in self.seen for text in texts)
+        if known:
+            raise ValueError(
+                f"{known} of {len(texts)} texts were used to train the module: their scores are not those of new texts, and the "
+                "rate would not hold. Give texts that were kept apart."
+            )
 
     # -- artefact -----------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
@@ -213,23 +226,27 @@ class PSIMFilter(Filter):
             "base_sha256": self.base_sha256,
             "labels": [config.id2label[i] for i in range(config.num_labels)],
             "max_length": self.max_length,
+            "files": self._files,
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
         }
 
     def save(self, folder: str | Path) -> None:
-        """A standard peft folder (adapter and head), the tokenizer, `psim.safetensors`, and last `filter.json`."""
+        """A standard peft folder (adapter and head), the tokenizer, `psim.safetensors`, `filter.json`: whole or not at all."""
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / FILTER_FILE).is_file():
             raise ValueError(
                 f"`{folder}` is not empty and no filter's folder: nothing there will be touched. Choose another."
             )
-        (folder / FILTER_FILE).unlink(missing_ok=True)  # written last: without it nothing here is taken for whole
-        self.model.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # peft's template: an empty card that names a local path
-        self.tokenizer.save_pretrained(folder)
-        tensors = {"seen": torch.tensor(sorted(self.seen), dtype=torch.int64)}
-        save_file(tensors, folder / TENSORS_FILE)
-        super().save(folder)
+        partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.save_pretrained(partial)
+        (partial / "README.md").unlink(missing_ok=True)  # peft's template: an empty card that names a local path
+        self.tokenizer.save_pretrained(partial)
+        save_file({"seen": torch.tensor(sorted(self.seen), dtype=torch.int64)}, partial / TENSORS_FILE)
+        self._files = {name: hashlib.sha256((partial / name).read_bytes()).hexdigest() for name in BOUND_FILES}
+        super().save(partial)
+        shutil.rmtree(folder, ignore_errors=True)  # our own, and a whole one stands beside it
+        os.replace(partial, folder)
 
     @classmethod
     def from_pretrained(
@@ -256,6 +273,12 @@ class PSIMFilter(Filter):
             raise ValueError(
                 f"`{folder}` has no adapter_model.safetensors: other formats can run code and are not read here."
             )
+        for name, sha256 in record["files"].items():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
+                raise ValueError(
+                    f"`{folder / name}` is not the file that {FILTER_FILE} was written for: the thresholds would mean nothing. "
+                    "Get the whole folder anew."
+                )
         if base is None or isinstance(base, (str, Path)):
             place = str(base or record["base"])
             base, _ = load_finished_classifier(place, num_labels=len(record["labels"]))
@@ -286,6 +309,7 @@ class PSIMFilter(Filter):
             progress=progress,
         )
         found.calibration, found.measured_frr = calibration, record["measured_frr"]
+        found.calibrated_on = frozenset(record["calibrated_on"])
         return found
 
 
@@ -308,7 +332,7 @@ def training_arguments(folder: str | Path, **options: Any) -> TrainingArguments:
 
 def _not_reached(psim: PSIM) -> str | None:
     activity = psim.activity()
-    if psim.stop_margin is None or activity.get("stopped"):
+    if psim.stop_margin is None or psim.reached():
         return None
     return (
         f"clean confidence fell only to {activity.get('conf_p95_after', float('nan')):.2f} (95th percentile), and training ended "
@@ -322,9 +346,3 @@ def _tokenized(texts: Sequence[str], tokenizer: Any, max_length: int) -> Dataset
         name: values for name, values in encoded.items() if name in ("input_ids", "attention_mask", "token_type_ids")
     }
     return Dataset.from_dict({**columns, "row_id": list(range(len(texts)))})
-
-
-def _text_hash(text: str, seed: int | None = None) -> int:
-    """A signed 64-bit hash of a text, for a draw by seed and for knowing a text again without keeping it."""
-    salt = "" if seed is None else f"{seed}|"
-    return int.from_bytes(hashlib.blake2b(f"{salt}{text}".encode(), digest_size=8).digest(), "big", signed=True)

@@ -246,3 +246,22 @@ def test_long_rows_are_cut_and_keep_their_last_token():
         and short["row_id"][:] == [5, 5]
     )
     assert cut(rows, 10) is rows and cut(rows, None) is rows
+
+
+def test_resume_on_another_base_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 5}
+    trainer(tmp_path, PSIM(stop_margin=None), **options).train()
+    other = confident(scale=3)
+    with pytest.raises(ValueError, match="trained on other weights"):
+        trainer(tmp_path, PSIM(stop_margin=None), model=other, **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-5")
+        )
+
+
+def test_a_second_training_keeps_what_it_knows_of_the_given_labels(tmp_path):
+    host = trainer(tmp_path, PSIM(stop_margin=None, train_head=True))
+    host.train()
+    first = host.objectives[0].activity()["label_agreement"]
+    host.train()
+    assert host.objectives[0].activity()["label_agreement"] == first < 0.9
+    assert host.objectives[0].inert() is None

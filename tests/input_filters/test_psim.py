@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_backdoor_defense.defenses.psim import PSIM
 from hf_backdoor_defense.filters import FILTER_FILE, Uncalibrated
+from hf_backdoor_defense.functional.thresholds import clopper_pearson, conformal_threshold
 from hf_backdoor_defense.input_filters.psim import PSIMFilter, PsimNotUsable, training_arguments
 from hf_backdoor_defense.models import weights_sha256
 from tests.input_filters import serving_toys as toys
@@ -48,7 +50,7 @@ def fitted(tmp_path_factory):
     return found
 
 
-FRESH = fresh(150, 8)
+FRESH = [text for text in fresh(300, 8) if text not in fresh(300, 5)][:150]
 
 
 def test_fit_lowers_clean_confidence_and_leaves_the_base_alone(tmp_path):
@@ -88,7 +90,7 @@ def test_the_rate_is_kept_on_fresh_clean_texts_and_the_interval_is_stated(fitted
 
 
 def test_texts_it_was_trained_on_calibrate_nothing(fitted):
-    with pytest.raises(ValueError, match="1 of 300 calibration texts were used to train"):
+    with pytest.raises(ValueError, match="1 of 300 texts were used to train"):
         fitted.calibrate([*fresh(299, 5), toys.texts(200)[7]])
     with pytest.raises(ValueError, match="at least 199"):
         fitted.calibrate(fresh(150, 5))
@@ -96,10 +98,10 @@ def test_texts_it_was_trained_on_calibrate_nothing(fitted):
 
 
 def test_other_texts_than_it_was_calibrated_on_are_noticed(fitted):
-    short = ["w3"] * 60
+    short = ["w3 w4 w3 w4"] * 60
     flagged = fitted.flag(short)
     fitted.calibration = type(fitted.calibration)(
-        tail="upper", upper=float(fitted.score(short)[0]) - 1e-9, target_frr=0.01
+        tail="upper", upper=float(fitted.score(short)[0]) - 1e-3, target_frr=0.01
     )
     with pytest.raises(PsimNotUsable, match="other texts"):
         fitted.measure_frr(short)
@@ -219,3 +221,51 @@ def test_the_same_texts_and_seed_give_the_same_module_in_any_order(tmp_path):
         found.append(PSIMFilter.fit(sure(), toys.tokenizer(), order, psim=psim, args=args))
     for (name, one), other in zip(found[0].model.named_parameters(), found[1].model.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_rows_it_was_calibrated_or_trained_on_measure_nothing(fitted):
+    with pytest.raises(ValueError, match="1 of 3 texts are among those that psim was calibrated on"):
+        fitted.measure_frr([*FRESH[:2], fresh(300, 5)[7]])
+    with pytest.raises(ValueError, match="1 of 1 texts were used to train"):
+        fitted.measure_frr([toys.texts(200)[0]])
+
+
+def test_a_correct_filter_is_not_called_unusable(fitted):
+    """A calibration of 199 rows may have a rate of three times what was asked for, and is exchangeable all the same."""
+    rng, raised = np.random.default_rng(0), 0
+    for _ in range(400):
+        rule = conformal_threshold(rng.normal(size=199), 0.01)
+        flagged = int(rule.flags(rng.normal(size=2000)).sum())
+        raised += clopper_pearson(flagged, 2000)[0] > rule.frr_high
+    assert raised / 400 < 0.03
+
+
+@pytest.mark.parametrize("strategy", ["lora", "p_tuning"])
+def test_a_base_on_which_it_failed_is_given_back_and_the_arguments_stay(tmp_path, strategy):
+    base = sure()
+    args = training_arguments(tmp_path, max_steps=1, learning_rate=0.0, disable_tqdm=True, use_cpu=True, seed=7)
+    for _ in range(2):  # the second try finds the base as the first one did
+        with pytest.raises(PsimNotUsable, match="did not lower"):
+            psim = PSIM(strategy=strategy, train_head=True)
+            PSIMFilter.fit(base, toys.tokenizer(), toys.texts(200), psim=psim, args=args, seed=3)
+        assert weights_sha256(base) == weights_sha256(sure()) and args.seed == 7
+
+
+def test_a_changed_file_is_noticed(fitted, tmp_path):
+    fitted.save(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="adapter_model.safetensors` is not the file"):
+        PSIMFilter.from_pretrained(tmp_path, base=sure())
+
+
+def test_a_save_that_is_killed_leaves_the_old_one_whole(fitted, tmp_path, monkeypatch):
+    folder = tmp_path / "psim"
+    fitted.save(folder)
+    monkeypatch.setattr(fitted.tokenizer, "save_pretrained", lambda place: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fitted.save(folder)
+    monkeypatch.undo()
+    assert PSIMFilter.from_pretrained(folder, base=sure()).flag(FRESH).tolist() == fitted.flag(FRESH).tolist()
+    fitted.save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["psim"]
