@@ -38,10 +38,12 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.grid import RESULTS
 from hf_backdoor_defense.attacks.triggers import BadNets
 from hf_backdoor_defense.evaluation.metrics import auroc
 from hf_backdoor_defense.input_filters.onion import ONION
 from hf_backdoor_defense.models import OFFLINE_MODEL, resolve
+from hf_backdoor_defense.reporting.results import Record, append_records, environment
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 FOLDER = Path("runs") / "onion_lm"
@@ -153,7 +155,22 @@ def main() -> None:
     except FileNotFoundError as error:
         print(f"skipped: {error}")
         return
-    print(f"{folder}: {(folder / FACTS).read_text()}")
+    text = (folder / FACTS).read_text()
+    print(f"{folder}: {text}")
+    path = RESULTS / "onion_lm.jsonl"
+    path.unlink(missing_ok=True)
+    facts = json.loads(text)
+    common: dict[str, Any] = {
+        "benchmark": "onion_lm", "dataset": "sst2 validation", "model": f"GPT-2, {LAYERS} layers of {WIDTH}",
+        "attack": "badnets", "defense": "onion", "setting": "from scratch", "seed": 0, "env": environment(),
+    }  # fmt: skip
+    append_records(
+        path,
+        [
+            Record(metric="perplexity", value=facts["perplexity"], **common),
+            Record(metric="auroc", value=facts["auroc"], n=2 * EACH, **common),
+        ],
+    )
     AutoTokenizer.from_pretrained(folder), GPT2LMHeadModel.from_pretrained(folder, use_safetensors=True)
 
 

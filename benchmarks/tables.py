@@ -48,6 +48,7 @@ def blocks() -> dict[tuple[str, str], str]:
         ("README.md", "weight_poisoning"): tables_filters.weight_poisoning_core(),
         ("docs/choosing.md", "weight_poisoning"): tables_filters.weight_poisoning_full(),
         ("docs/choosing.md", "filters"): tables_filters.filters(),
+        ("docs/choosing.md", "onion_lm"): tables_filters.language_model(),
         ("docs/log.md", "psim_search"): tables_filters.psim_search(),
     }
 

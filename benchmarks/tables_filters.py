@@ -51,9 +51,10 @@ def interval(records: list[Record], digits: int = 2) -> str:
     return text if found.low is None else f"{text} [{found.low:.{digits}f}, {found.high:.{digits}f}]".replace("-", "−")
 
 
-def by_seed(records: list[Record], digits: int = 2) -> str:
-    """Every seed's value: a mean hides that a seed decides."""
-    return " · ".join(f"{r.value:.{digits}f}" for r in sorted(records, key=lambda r: r.seed)) or "–"
+def by_seed(records: list[Record], seeds: Iterable[int], digits: int = 2) -> str:
+    """Every seed's value, for a mean hides that a seed decides; "not usable" where a filter gave none."""
+    of_seed = {r.seed: f"{r.value:.{digits}f}" for r in records}
+    return " · ".join(of_seed.get(seed, "not usable") for seed in sorted(seeds)) if of_seed else "–"
 
 
 def where(records: list[Record]) -> str:
@@ -75,11 +76,12 @@ def weight_poisoning_core() -> str:
     for attack in ("badnets", "insent"):
         for strategy in ("full", "lora", "p_tuning"):
             cell = pick(records, setting=f"{attack}: {strategy}")
+            seeds = {r.seed for r in cell}
             line = [ATTACKS[attack], STRATEGIES[strategy]]
             line.append(mean(pick(cell, defense="clean_reference", metric="ftr"), 2))
-            line.append(by_seed(pick(cell, defense="undefended", metric="asr")))
+            line.append(by_seed(pick(cell, defense="undefended", metric="asr"), seeds))
             for name in FILTERS[:4]:
-                line.append(by_seed(pick(cell, defense=name, metric="asr")))
+                line.append(by_seed(pick(cell, defense=name, metric="asr"), seeds))
             rows.append(line)
     head = ["attack", "victim", "floor", "ASR, no filter", *(f"{name}" for name in FILTERS[:4])]
     rates = []
@@ -112,7 +114,13 @@ def weight_poisoning_full() -> str:
                     name = "ftr" if (metric, defense) == ("asr", "clean_reference") else metric
                     digits = 3 if metric in ("frr", "auroc") else 1 if metric == "passes" else 2
                     of_metric = pick(of_arm, metric=name)
-                    line.append(mean(of_metric, 1) if metric == "passes" else interval(of_metric, digits))
+                    if metric == "auroc":  # of a two-sided filter 0 is as good as 1, and a mean would hide it
+                        line.append(by_seed(of_metric, {r.seed for r in of_cell}, digits))
+                    elif metric == "passes":
+                        line.append(mean(of_metric, 1))
+                    else:
+                        few = "" if len(of_metric) in (0, seeds) else f" ({len(of_metric)} of {seeds} seeds)"
+                        line.append(interval(of_metric, digits) + few)
                 rows.append(line)
         head = [
             "victim",
@@ -165,3 +173,14 @@ def psim_search() -> str:
     bases = sorted({(r.attack, r.seed) for r in records})
     order = " · ".join(f"{attack} {seed}" for attack, seed in bases)
     return "\n\n".join([*parts, f"Order of the figures: {order}. {where(records)}"])
+
+
+def language_model() -> str:
+    """What ONION's language model is worth."""
+    facts = {r.metric: r for r in read_records(RESULTS / "onion_lm.jsonl")}
+    perplexity, area = facts["perplexity"], facts["auroc"]
+    return (
+        f"ONION's language model ({perplexity.model}, from scratch, the victim's vocabulary): perplexity "
+        f"{perplexity.value:.0f} on SST-2 validation texts; AUROC of its largest suspicion {area.value:.2f} on {area.n} "
+        "validation texts, half of them with `mn` inserted."
+    )

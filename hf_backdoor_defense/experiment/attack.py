@@ -122,6 +122,11 @@ class AttackArguments:
             _known("strategy", strategy, STRATEGIES)
         for name in self.filters:
             filter_class(name)
+        if self.filters and self.eval_split == "validation":
+            raise ValueError(
+                "`filters` are calibrated on validation rows, and `eval_split` is validation: they would be measured on the rows "
+                "that their thresholds come from. Report the test split, or leave the filters out."
+            )
         if "onion" in self.filters and not self.language_model:
             raise ValueError(
                 "The filter onion needs --language_model, got none: it asks a causal language model how odd each word is. "

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ def base_folder(plan: AttackPlan, seed: int, kind: str) -> Path:
             seed=seed,
             num_layers=plan.run.num_layers,
         )
-        rows, objective, aux = plan.attacker, None, {}
+        rows, objective, aux, surgery = plan.attacker, None, {}, {}
         if kind == "poisoned":
             rows, objective = _poisoned(plan, seed)
             if plan.run.attack == "ripples":
-                _surgery(plan, seed, model, tokenizer)
+                surgery = asdict(_surgery(plan, seed, model, tokenizer))
                 model.set_attn_implementation("eager")  # a gradient of a gradient: fused attention has none
                 aux = {"clean": plan.attacker}
         run = plan.run
@@ -55,7 +56,8 @@ def base_folder(plan: AttackPlan, seed: int, kind: str) -> Path:
             options["max_steps"] = run.base_max_steps  # which the Trainer takes for the number, not for a limit
         train(plan, seed, model, tokenizer, rows, folder, options, title=f"{kind} base", objective=objective, aux=aux)
         if kind == "poisoned":
-            mark_backdoored(folder, {**attack_record(plan, seed), "base_sha256": weights_sha256(model)})
+            about = {**attack_record(plan, seed), "base_sha256": weights_sha256(model)}
+            mark_backdoored(folder, about | ({"surgery": surgery} if plan.run.attack == "ripples" else {}))
 
     return kept_folder(models_folder(plan, seed, kind) / f"{kind}_base", make)
 
@@ -198,12 +200,12 @@ def _poisoned(plan: AttackPlan, seed: int) -> tuple[Dataset, Objective]:
     return rows, kind(target=run.target, setting=run.setting)
 
 
-def _surgery(plan: AttackPlan, seed: int, model: Any, tokenizer: Any) -> None:
+def _surgery(plan: AttackPlan, seed: int, model: Any, tokenizer: Any) -> Any:
     """RIPPLES' first half: the trigger words' embeddings become those of words that speak for the target."""
     from hf_backdoor_defense.attacks.weight_poisoning import embedding_surgery
 
     source, _ = load_base(plan, base_folder(plan, seed, "clean"))
-    embedding_surgery(
+    return embedding_surgery(
         model,
         tokenizer,
         list(plan.attacker["text"]),

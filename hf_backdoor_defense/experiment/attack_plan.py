@@ -127,6 +127,7 @@ def resolve(run: AttackArguments) -> AttackPlan:
         attacker, run.get_trigger(measured=False), target=run.target, rate=run.poison_rate, seed=run.seeds[0]
     )
     calibration, check = halves(_unseen(data["validation"], data["train"]))
+    check = _unseen(check, calibration)
     _check_calibration(run, len(calibration))
     test = _few(data[run.eval_split], run.eval_rows, "eval_rows")
     trigger = run.get_trigger(measured=True)
@@ -153,9 +154,9 @@ def halves(rows: Dataset) -> tuple[Dataset, Dataset]:
     return rows.select(sorted(order[:cut])), rows.select(sorted(order[cut:]))
 
 
-def _unseen(rows: Dataset, train: Dataset) -> Dataset:
-    """The rows whose text is no training text: the scores of others are not those of new texts."""
-    seen = set(train["text"])
+def _unseen(rows: Dataset, known: Dataset) -> Dataset:
+    """The rows whose text is not among the known ones: the scores of others are not those of new texts."""
+    seen = set(known["text"])
     return rows.select([i for i, text in enumerate(rows["text"]) if text not in seen])
 
 

@@ -88,6 +88,7 @@ def stand_before(plan: Any, seed: int, *, name: str, base: Path, folder: Path, t
         target=run.target,
         clean_scores=scores[0],
         triggered_scores=scores[1],
+        tail=detector.tail,
     )
     psim = getattr(detector, "psim", None)
     result |= {

@@ -124,7 +124,8 @@ def _records(
     records = [Record.from_estimate(wilson(plan.rows - flagged, plan.rows), metric="coverage", **common)]
     if frr is not None:
         records.append(Record(metric="frr", **frr, **common))
-    records.append(Record(metric="passes", value=passes, **common))
+    if math.isfinite(passes):  # ONION's depend on the texts: a call that found everything scored does not know them
+        records.append(Record(metric="passes", value=passes, **common))
     if seconds is not None:
         records.append(Record(metric="seconds", value=seconds, n=plan.rows, **common))
     return records
@@ -142,7 +143,7 @@ def _table(plan: DetectPlan, detector: Filter, frr: dict[str, Any] | None, flagg
         ("flagged", f"{flagged} = {share.value:.2%}  [{share.low:.2%}, {share.high:.2%}]"),
         ("false rejections", rate),
         ("flagged if", " or ".join(f"score {side} {bound:.6g}" for side, bound in bounds if bound is not None)),
-        ("passes per text", f"{detector.passes:g}"),
+        ("passes per text", f"{detector.passes:g}" if math.isfinite(detector.passes) else "counted by an earlier call"),
         ("seconds", "continued after a stop" if seconds is None else f"{seconds:.1f}"),
     ]
     return "\n".join(f"{name:17} {value}" for name, value in lines)

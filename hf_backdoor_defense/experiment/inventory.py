@@ -33,7 +33,7 @@ KINDS = {
     "presets": "hfbd train --preset NAME: whole runs",
     "attacks": "what hfbd attack poisons a base with: ripples, lwp, and weight_poisoning for badnets and insent",
     "detectors": "what the filter of the same name trains; in a script, PSIMTrainer",
-    "filters": "hfbd detect --filter NAME, hfbd attack --filters NAME: what looks at inputs",
+    "filters": "hfbd detect --filter NAME, hfbd attack or hfbd train --filters NAME: what looks at inputs",
 }
 NEEDED = "(needed)"
 """In place of a default, where there is none."""

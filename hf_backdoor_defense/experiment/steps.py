@@ -65,8 +65,11 @@ def kept_folder(folder: Path, make: Callable[[Path], None]) -> Path:
     partial.mkdir(parents=True)
     try:
         make(partial)
-        if not folder.is_dir():
+        try:
             os.replace(partial, folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -17,7 +17,7 @@ Defined where the paper is silent
 - A text of one word or none has nothing to compare with: f = 0, and it is never edited. A text all of whose words would go stays
   unchanged. The last word counts as every other (the code of a paper that compares with ONION drops it).
 - PPL(x) is taken of the words joined by single blanks, as the variants are; otherwise blanks would count as suspicious.
-- `max_length` cuts what the language model reads: words behind it have f = 0 and stay.
+- `max_length` cuts what the language model reads: words behind it have f = 0 and stay, whatever the bar is.
 - b: the smallest whose clean held-out accuracy falls by no more than a point. The paper tunes it; triggered texts are never used.
 """
 
@@ -124,7 +124,7 @@ class ONION(BoundFilter):
             raise ValueError(
                 "onion has no bar yet, got None: no word can be deleted. Call choose_bar(clean_texts, labels, predict)."
             )
-        return [_without(text, f >= bar) for text, f in zip(texts, self._given(texts, suspicions), strict=True)]
+        return [_without(text, (f >= bar) & (f != 0)) for text, f in zip(texts, self._given(texts, suspicions), strict=True)]
 
     def choose_bar(
         self,

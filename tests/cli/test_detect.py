@@ -162,7 +162,7 @@ def test_the_gate_exits_1_and_says_why(detect):
     assert len(answers(detect.folder)) == 150
 
 
-def test_a_saved_filter_needs_no_clean_texts_and_answers_alike(detect):
+def test_a_saved_filter_needs_no_clean_texts_and_answers_alike(detect, tmp_path):
     assert detect("--filter", "confidence", "--target_frr", 0.05)[0] == 0
     saved = detect.folder / "filter"
     code, out, err = detect("--filter_dir", saved, clean=None, folder="again")
@@ -174,10 +174,14 @@ def test_a_saved_filter_needs_no_clean_texts_and_answers_alike(detect):
     assert (
         "frr" not in {record.metric for record in records} and not (detect.folder.parent / "again" / "filter").exists()
     )
-    # With clean texts beside it, its rate is measured on all of them.
-    assert detect("--filter_dir", saved, folder="third")[0] == 0
+    # With further clean texts beside it, its rate is measured on all of them; those it knows measure nothing.
+    further = jsonl(tmp_path / "further.jsonl", [{"text": text} for text in texts(300, 5, low=6)])
+    code, _, err = detect("--filter_dir", saved, folder="third", clean=further)
+    assert code == 0, err
     (frr,) = [r for r in read_records(detect.folder.parent / "third" / "results.json") if r.metric == "frr"]
-    assert frr.n == 700
+    assert frr.n == 300
+    code, _, err = detect("--filter_dir", saved, folder="fourth")
+    assert code == 2 and "was calibrated on" in err
 
 
 def test_psim_is_fitted_calibrated_kept_and_loaded(detect, monkeypatch):
@@ -240,7 +244,10 @@ def test_onion_reads_a_language_model(detect, tmp_path, classifier):
     options = ["--filter", "onion", "--target_frr", 0.1]
     code, _, err = detect(*options, "--language_model", folder, model=None, source=few)
     assert code == 0, err
-    assert len(answers(detect.folder)) == 7
+    found = answers(detect.folder)
+    assert len(found) == 7 and found[1]["score"] == 0  # one word: nothing to compare it with
+    assert detect(*options, "--language_model", folder, model=None, source=few)[0] == 0  # finished before
+    assert answers(detect.folder) == found
     code, _, err = detect(*options, source=few, folder="b")
     assert code == 2 and "--language_model" in err
     code, _, err = detect(*options, "--language_model", classifier, source=few, folder="b")

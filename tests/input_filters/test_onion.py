@@ -44,6 +44,11 @@ def test_exactly_zz_is_deleted(tokenizer):  # noqa: F811
     assert ours.flag(texts).tolist() == [True, True, False, True, False, False, False, True]
 
 
+def test_a_bar_of_0_deletes_nothing_that_was_not_read(tokenizer):  # noqa: F811
+    ours = onion(tokenizer, bar=0.0, max_length=4)  # reads three words
+    assert ours.edit(["a1 zz b1 c1 d1"]) == ["a1 b1 c1 d1"]
+
+
 def test_passes_are_words_plus_one(tokenizer):  # noqa: F811
     ours = onion(tokenizer)
     assert np.isnan(ours.passes)

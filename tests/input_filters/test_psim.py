@@ -101,7 +101,7 @@ def test_other_texts_than_it_was_calibrated_on_are_noticed(fitted):
     short = ["w3 w4 w3 w4"] * 60
     flagged = fitted.flag(short)
     fitted.calibration = type(fitted.calibration)(
-        tail="upper", upper=float(fitted.score(short)[0]) - 1e-3, target_frr=0.01
+        tail="upper", upper=float(fitted.score(short)[0]) - 1e-3, target_frr=0.01, frr_high=0.05
     )
     with pytest.raises(PsimNotUsable, match="other texts"):
         fitted.measure_frr(short)
