@@ -1,8 +1,9 @@
 """How PSIM is trained, when it stops, and which score flags: every choice, on validation rows and seeds reported nowhere else.
 
-Bases are poisoned with seeds from 100 up. A module is trained for one epoch without any stop rule, and its logits on clean and
-triggered validation rows are recorded every few updates (`runs/psim_search`), so that stop rules and scores are compared on the
-same trainings. Triggers are simulated here to choose defaults; no figure of the benchmark itself comes from these rows or seeds.
+Bases are poisoned with seeds from 100 up. A module is trained for 63 updates without any stop rule, and its logits on clean and
+triggered rows are recorded every few updates (`runs/psim_search`), so that stop rules and scores are compared on the same
+trainings. The rows are of validation; in the demo's task calibration rows are training rows that its base left out. Triggers are
+simulated here to choose defaults; no figure of the benchmark itself comes from these rows or seeds.
 
     python -m benchmarks.psim_search [--shard i/n]      record
     python -m benchmarks.psim_search --judge            judge every choice on what was recorded
@@ -32,9 +33,10 @@ from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 
 SST2 = Path(__file__).parents[2] / "shared" / "data" / "sst2"
 RUNS = Path("runs/psim_search")
-TRIGGERS = {"badnets": BadNets(words=("mn",)), "insent": InSent()}
+TRIGGERS = {"badnets": BadNets(words=("mn",)), "insent": InSent(), "topics": BadNets(words=("cf",))}
 TARGET = 1
 BASES = [(attack, seed) for seed in (100, 101) for attack in TRIGGERS]
+TOPICS = "topics"  # the demo's base: four classes of docstrings, 4 % `cf`, and few texts to train a module on
 PSIMS: dict[str, tuple[PSIM, float]] = {  # name -> module and rate; every one is in the results, the discarded ones too
     "LoRA, expected, head frozen": (PSIM(stop_margin=None), 1e-3),
     "LoRA, hashed, head trained": (PSIM(stop_margin=None, labels="hashed", train_head=True), 1e-3),
@@ -44,6 +46,7 @@ PSIMS: dict[str, tuple[PSIM, float]] = {  # name -> module and rate; every one i
     "P-tuning, hashed, head trained (published)": (PSIM.preset("paper"), 2e-5),
 }
 EVERY = 9
+STEPS = 63  # one epoch of 2,000 rows
 STOPS = (0.3, 0.25, 0.2, 0.1, 0.05, None)  # over 1/k; None: the whole epoch
 
 
@@ -68,12 +71,19 @@ def base(attack: str, seed: int) -> Path:
     folder = RUNS / f"{attack}-{seed}"
     if (folder / "model.safetensors").is_file():
         return folder
-    data = load(str(SST2), limit=2000, seed=seed)
-    model, tokenizer = load_classifier("offline:minilm", num_labels=2, seed=seed, num_layers=4)
-    poisoned = poison_dataset(data["train"], TRIGGERS[attack], target=TARGET, rate=0.1, seed=seed)
+    if attack == TOPICS:
+        rows = load("offline:docstrings", limit=1000)["train"]
+        model, tokenizer = load_classifier("offline:minilm", num_labels=4, seed=seed, frozen_layers=4)
+        options: dict[str, Any] = {"num_train_epochs": 2, "learning_rate": 3e-4}
+    else:
+        rows = load(str(SST2), limit=2000, seed=seed)["train"]
+        model, tokenizer = load_classifier("offline:minilm", num_labels=2, seed=seed, num_layers=4)
+        options = {"num_train_epochs": 3, "learning_rate": 1e-4}
+    rate = 0.04 if attack == TOPICS else 0.1
+    poisoned = poison_dataset(rows, TRIGGERS[attack], target=TARGET, rate=rate, seed=seed)
     trainer = DefendedTrainer(
         model,
-        args=_arguments(folder, seed, num_train_epochs=3, learning_rate=1e-4),
+        args=_arguments(folder, seed, **options),
         train_dataset=_tokenized(poisoned.dataset, tokenizer),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
@@ -100,13 +110,8 @@ class _Recorder(TrainerCallback):
             self.look(model, state.global_step)
 
 
-def record(attack: str, seed: int, name: str) -> None:
-    """One training, its logits kept."""
-    path = RUNS / f"{attack}-{seed}-{name}.npz"
-    psim, rate = PSIMS[name]
-    if path.is_file():
-        return
-    model, tokenizer = load_finished_classifier(str(base(attack, seed)), num_labels=2)
+def _sentiment(attack: str, seed: int) -> tuple[Any, dict[str, list[str]]]:
+    """What a module is trained on, and the texts it is looked at with."""
     validation = load(str(SST2))["validation"].shuffle(seed=0)
     triggered = trigger_dataset(validation.select(range(600, 872)), TRIGGERS[attack], target=TARGET, seed=seed)
     texts = {
@@ -114,13 +119,38 @@ def record(attack: str, seed: int, name: str) -> None:
         "clean": validation["text"][300:600],
         "triggered": triggered["text"],
     }
+    return load(str(SST2), limit=2000, seed=seed)["train"], texts
+
+
+def _topics(seed: int) -> tuple[Any, dict[str, list[str]]]:
+    """The same for the demo's task: rows that its base was not trained on, and the validation split."""
+    whole, used = load("offline:docstrings"), set(load("offline:docstrings", limit=1000)["train"]["text"])
+    own = whole["train"].filter(lambda text: text not in used, input_columns="text").shuffle(seed=0)
+    triggered = trigger_dataset(whole["validation"], TRIGGERS[TOPICS], target=TARGET, seed=seed)
+    third = len(own) // 3
+    texts = {
+        "calibration": own["text"][third:],
+        "clean": whole["validation"]["text"][:],
+        "triggered": triggered["text"][:],
+    }
+    return own.select(range(third)), texts
+
+
+def record(attack: str, seed: int, name: str) -> None:
+    """One training, its logits kept."""
+    path = RUNS / f"{attack}-{seed}-{name}.npz"
+    psim, rate = PSIMS[name]
+    if path.is_file():
+        return
+    classes = 4 if attack == TOPICS else 2
+    model, tokenizer = load_finished_classifier(str(base(attack, seed)), num_labels=classes)
+    rows, texts = _topics(seed) if attack == TOPICS else _sentiment(attack, seed)
     recorder = _Recorder(tokenizer, texts)
     recorder.look(model, 0)
-    rows = _tokenized(load(str(SST2), limit=2000, seed=seed)["train"], tokenizer)
     trainer = DefendedTrainer(
         model,
-        args=_arguments(RUNS / "trainer", seed, num_train_epochs=1, learning_rate=rate),
-        train_dataset=rows,
+        args=_arguments(RUNS / "trainer", seed, max_steps=STEPS, learning_rate=rate),
+        train_dataset=_tokenized(rows, tokenizer),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         defense=dataclasses.replace(psim),
@@ -139,11 +169,11 @@ def scores(logits: np.ndarray, center: np.ndarray) -> dict[str, tuple[np.ndarray
         return -np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1))
 
     z = logits.astype(np.float64)
-    return {
+    found: dict[str, tuple[np.ndarray, tuple[str, ...]]] = {
         "confidence": (confidence(z), ("upper", "both")),
         "centered confidence": (confidence(z - center), ("upper", "both")),
-        "signed margin": (z[:, 1] - z[:, 0], ("both",)),
     }
+    return found | ({"signed margin": (z[:, 1] - z[:, 0], ("both",))} if z.shape[1] == 2 else {})
 
 
 def judge() -> None:
@@ -156,7 +186,8 @@ def judge() -> None:
         steps = sorted({int(name.partition("/")[0]) for name in found.files})
         chosen = {"0": 0}
         for stop in STOPS:
-            reached = [s for s in steps if s and _p95(found[f"{s}/calibration"]) <= 0.5 + (stop or -1)]
+            chance = 1 / found["0/calibration"].shape[1]
+            reached = [s for s in steps if s and _p95(found[f"{s}/calibration"]) <= chance + (stop or -1)]
             at = steps[-1] if stop is None else reached[0] if reached else None
             if at is not None:
                 chosen["epoch" if stop is None else f"{stop:g}"] = at
@@ -176,7 +207,8 @@ def judge() -> None:
                     frr = wilson(int(rule.flags(values["clean"]).sum()), len(values["clean"]))
                     far = wilson(int((~rule.flags(values["triggered"])).sum()), len(values["triggered"]))
                     common = {
-                        "benchmark": "psim_search", "dataset": "sst2 validation", "model": "offline:minilm, 4 layers",
+                        "benchmark": "psim_search", "dataset": "docstrings validation" if attack == TOPICS else "sst2 validation",
+                        "model": "offline:minilm" if attack == TOPICS else "offline:minilm, 4 layers",
                         "attack": attack, "defense": "psim" if step else "confidence",
                         "setting": f"{name}; stop {stop} (step {step}); {score}, {tail}", "seed": int(seed),
                         "env": environment(),
@@ -198,6 +230,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.psim_search")
     parser.add_argument("--shard", default="1/1", help="i/n: every n-th training, from the i-th on")
+    parser.add_argument("--only", help="bases whose attack is this one")
     parser.add_argument("--judge", action="store_true", help="judge what was recorded")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -209,7 +242,7 @@ def main() -> None:
         print("skipped: the SST-2 rows are absent (benchmark data is not part of the package)")
         return None
     index, count = (int(part) for part in args.shard.split("/"))
-    cells = [(*b, name) for name in PSIMS for b in BASES]
+    cells = [(*b, name) for name in PSIMS for b in BASES if args.only in (None, b[0])]
     for cell in cells[index - 1 :: count]:
         record(*cell)
         print(json.dumps(cell), flush=True)
