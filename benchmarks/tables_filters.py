@@ -52,9 +52,9 @@ def interval(records: list[Record], digits: int = 2) -> str:
 
 
 def by_seed(records: list[Record], seeds: Iterable[int], digits: int = 2) -> str:
-    """Every seed's value, for a mean hides that a seed decides; "not usable" where a filter gave none."""
+    """Every seed's value, for a mean hides that a seed decides; "n/u" (not usable) where a filter gave none."""
     of_seed = {r.seed: f"{r.value:.{digits}f}" for r in records}
-    return " · ".join(of_seed.get(seed, "not usable") for seed in sorted(seeds)) if of_seed else "–"
+    return " · ".join(of_seed.get(seed, "n/u") for seed in sorted(seeds))
 
 
 def where(records: list[Record]) -> str:
@@ -91,7 +91,13 @@ def weight_poisoning_core() -> str:
         what = "edits" if name == "onion" else "flags"
         rates.append(f"{name} {what} {mean([r for r in core if r.metric == 'frr'])} of clean texts")
     core = [r for r in records if r.setting.split(": ")[0] in ("badnets", "insent")]
-    return f"{grid(head, rows)}\n\nMean FRR at a stated 0.01: {'; '.join(rates)}. Seeds 1 · 2 · 3; test rows. {where(core)}"
+    seeds = " · ".join(map(str, sorted({r.seed for r in core})))
+    return (
+        f"{grid(head, rows)}\n\nASR by seed ({seeds}), test rows; floor: what the same victim on a clean base gives to the "
+        f"target. At a stated rate of 0.01 {'; '.join(rates)}. n/u: not usable, no bar of ONION's kept the victim's accuracy "
+        "within a point. "
+        f"{where(core)}"
+    )
 
 
 def weight_poisoning_full() -> str:
@@ -114,7 +120,9 @@ def weight_poisoning_full() -> str:
                     name = "ftr" if (metric, defense) == ("asr", "clean_reference") else metric
                     digits = 3 if metric in ("frr", "auroc") else 1 if metric == "passes" else 2
                     of_metric = pick(of_arm, metric=name)
-                    if metric == "auroc":  # of a two-sided filter 0 is as good as 1, and a mean would hide it
+                    if (
+                        metric == "auroc" and of_metric
+                    ):  # of a two-sided filter 0 is as good as 1, and a mean would hide it
                         line.append(by_seed(of_metric, {r.seed for r in of_cell}, digits))
                     elif metric == "passes":
                         line.append(mean(of_metric, 1))
