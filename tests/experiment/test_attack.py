@@ -200,6 +200,19 @@ def test_the_other_attacks_poison_a_base(arguments, attack):
     assert type(model).__name__.startswith("Peft")
 
 
+def test_filters_are_not_measured_on_the_rows_that_calibrate_them(arguments):
+    with pytest.raises(ValueError, match="filters.*validation.*Report the test split"):
+        resolve(replace(arguments, filters=["confidence"], eval_split="validation"))
+    assert resolve(replace(arguments, eval_split="validation")).run.filters == []
+
+
+def test_what_surgery_did_stands_beside_the_poisoned_base(arguments):
+    plan = resolve(replace(arguments, attack="ripples", trigger="cf,the", base_max_steps=2))
+    execute(plan)
+    mark = json.loads((plan.folder / "models" / "seed-1" / "poisoned_base" / "backdoored.json").read_text())
+    assert set(mark["surgery"]["rows"]) == {"cf", "the"} and mark["surgery"]["tied"] is False and mark["backdoored"]
+
+
 def test_defaults_of_each_attack():
     for attack, (_, _, count, _) in KINDS.items():
         run = AttackArguments(attack=attack)
