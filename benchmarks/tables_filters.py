@@ -162,8 +162,9 @@ def filters() -> str:
 
 
 def psim_search() -> str:
-    """Modules x stop rules: share of triggered rows that pass (FAR) of every base, and the worst."""
+    """Modules x stop rules: share of triggered rows that pass (FAR), base by base."""
     records = read_records(RESULTS / "psim_search.jsonl")
+    bases = sorted({(r.attack, r.seed) for r in records})
     parts = []
     for score in dict.fromkeys(r.setting.split("; ")[2] for r in records):
         found = [r for r in records if r.setting.split("; ")[2] == score and r.metric == "far"]
@@ -172,15 +173,14 @@ def psim_search() -> str:
         for name in dict.fromkeys(r.setting.split("; ")[0] for r in found):
             line = [name]
             for stop in stops:
-                of_stop = [r for r in found if r.setting.startswith(f"{name}; {stop} (")]
-                of_stop.sort(key=lambda r: (r.attack, r.seed))
-                line.append(" · ".join(f"{r.value:.2f}" for r in of_stop) or "–")
+                of_stop = {(r.attack, r.seed): r.value for r in found if r.setting.startswith(f"{name}; {stop} (")}
+                line.append(" ".join(f"{of_stop[base]:.2f}" if base in of_stop else "–" for base in bases))
             rows.append(line)
         rate = mean([r for r in records if r.setting.split("; ")[2] == score and r.metric == "frr"])
         parts.append(f"**{score}** (mean FRR {rate})\n\n{grid(['module', *stops], rows)}")
-    bases = sorted({(r.attack, r.seed) for r in records})
-    order = " · ".join(f"{attack} {seed}" for attack, seed in bases)
-    return "\n\n".join([*parts, f"Order of the figures: {order}. {where(records)}"])
+    order = ", ".join(f"{attack} {seed}" for attack, seed in bases)
+    note = f"In each cell: {order}; – where the rule was never reached, or the training was not run. {where(records)}"
+    return "\n\n".join([*parts, note])
 
 
 def language_model() -> str:
