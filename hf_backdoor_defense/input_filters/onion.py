@@ -124,7 +124,9 @@ class ONION(BoundFilter):
             raise ValueError(
                 "onion has no bar yet, got None: no word can be deleted. Call choose_bar(clean_texts, labels, predict)."
             )
-        return [_without(text, (f >= bar) & (f != 0)) for text, f in zip(texts, self._given(texts, suspicions), strict=True)]
+        return [
+            _without(text, (f >= bar) & (f != 0)) for text, f in zip(texts, self._given(texts, suspicions), strict=True)
+        ]
 
     def choose_bar(
         self,
