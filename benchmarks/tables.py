@@ -5,6 +5,7 @@ from pathlib import Path
 
 from benchmarks import tables_filters
 from benchmarks.grid import RESULTS
+from benchmarks.tables_filters import grid, measured_at
 from hf_backdoor_defense.reporting.plots import plot_ca_asr
 from hf_backdoor_defense.reporting.results import Record, read_records, write_bytes
 from hf_backdoor_defense.reporting.tables import render_markdown, replace_block
@@ -51,11 +52,6 @@ def blocks() -> dict[tuple[str, str], str]:
         ("docs/choosing.md", "onion_lm"): tables_filters.language_model(),
         ("docs/log.md", "psim_search"): tables_filters.psim_search(),
     }
-
-
-def grid(head: list[str], rows: list[list[str]]) -> str:
-    """A GitHub table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
 def _mean(records: list[Record]) -> float | None:
@@ -126,18 +122,8 @@ def every_cell(records: list[Record], *, without: tuple[str, ...] = ()) -> str:
     for setting in dict.fromkeys(r.setting for r in records):
         found = of_setting(records, setting)
         columns = [m for m in METRICS if m not in without and any(r.metric == m for r in found)]
-        parts.append(f"### {setting}\n\n{render_markdown(found, columns)}\n\n{_where(found)}")
+        parts.append(f"### {setting}\n\n{render_markdown(found, columns)}\n\n{measured_at(found)}")
     return "\n\n".join(parts)
-
-
-def _where(records: list[Record]) -> str:
-    places = []
-    for env in [record.env for record in records]:
-        machine = env.get("gpu") or f"{env.get('cpus')} CPU cores"
-        changed = " with local changes" if env.get("dirty") else ""
-        commit = f"commit {str(env.get('commit'))[:7]}{changed}"
-        places.append(f"{machine}, torch {env.get('torch')}, Python {env.get('python')}, {commit}")
-    return "; ".join(dict.fromkeys(places)) + "."
 
 
 def side_by_side(left: str = "AG News, 5 %", right: str = "SST-2, 2 %") -> str:
@@ -157,7 +143,7 @@ def side_by_side(left: str = "AG News, 5 %", right: str = "SST-2, 2 %") -> str:
     seeds = sorted({r.seed for r in records})
     table = grid(["arm", f"{left}: CA", "ASR by seed", f"{right}: CA", "ASR by seed"], rows)
     about = f"Seeds {', '.join(map(str, seeds))}; test rows; three layers of MiniLM. From `results/dece_classification.jsonl`"
-    return f"{table}\n\n{about}; {_where([r for found in cells.values() for r in found])}"
+    return f"{table}\n\n{about}; {measured_at([r for found in cells.values() for r in found])}"
 
 
 _PEERS = {
@@ -208,7 +194,7 @@ def losses() -> str:
         "memory ÷ cross-entropy",
     ]
     models = {where: next(r for r in records if r.setting == where) for where in (cpu, gpu)}
-    notes = [f"{where}, {record.model}: {_where([record])}" for where, record in models.items()]
+    notes = [f"{where}, {record.model}: {measured_at([record])}" for where, record in models.items()]
     return "\n\n".join([grid(head, rows), *notes])
 
 
@@ -222,7 +208,7 @@ def sft_steps() -> str:
         for row in rows:
             row += [_figure(records, row[0], "time_ratio", f"{setting}, {kind}") for kind in ("median", "minimum")]
             row.append(_figure(records, row[0], "memory_ratio", setting))
-    return f"{grid(head, rows)}\n\n{_where(records)}"
+    return f"{grid(head, rows)}\n\n{measured_at(records)}"
 
 
 def cost() -> str:

@@ -57,7 +57,7 @@ def by_seed(records: list[Record], seeds: Iterable[int], digits: int = 2) -> str
     return " · ".join(of_seed.get(seed, "n/u") for seed in sorted(seeds))
 
 
-def where(records: list[Record]) -> str:
+def measured_at(records: list[Record]) -> str:
     """Machines and commits."""
     places = []
     for env in [record.env for record in records]:
@@ -96,7 +96,7 @@ def weight_poisoning_core() -> str:
         f"{grid(head, rows)}\n\nASR by seed ({seeds}), test rows; floor: what the same victim on a clean base gives to the "
         f"target. At a stated rate of 0.01 {'; '.join(rates)}. n/u: not usable, no bar of ONION's kept the victim's accuracy "
         "within a point. "
-        f"{where(core)}"
+        f"{measured_at(core)}"
     )
 
 
@@ -142,7 +142,7 @@ def weight_poisoning_full() -> str:
             "AUROC",
             "passes",
         ]
-        note = f"{seeds} seed{'s' if seeds > 1 else ''}{'' if seeds > 2 else ': preliminary'}. {where(of_cell)}"
+        note = f"{seeds} seed{'s' if seeds > 1 else ''}{'' if seeds > 2 else ': preliminary'}. {measured_at(of_cell)}"
         parts.append(f"### {cell}\n\n{grid(head, rows)}\n\n{note}")
     return "\n\n".join(parts)
 
@@ -158,7 +158,8 @@ def filters() -> str:
             line.append(mean(pick(records, defense=defense, setting=setting, metric="time_ratio"), 2))
         if any(cell != "–" for cell in line[1:]):
             rows.append(line)
-    return f"{grid(['before every answer', *(f'{s}' for s in settings)], rows)}\n\nTime over the victim's own. {where(records)}"
+    table = grid(["before every answer", *settings], rows)
+    return f"{table}\n\nTime over the victim's own. {measured_at(records)}"
 
 
 def psim_search() -> str:
@@ -179,7 +180,7 @@ def psim_search() -> str:
         rate = mean([r for r in records if r.setting.split("; ")[2] == score and r.metric == "frr"])
         parts.append(f"**{score}** (mean FRR {rate})\n\n{grid(['module', *stops], rows)}")
     order = ", ".join(f"{attack} {seed}" for attack, seed in bases)
-    note = f"In each cell: {order}; – where the rule was never reached, or the training was not run. {where(records)}"
+    note = f"In each cell: {order}; – where the rule was never reached, or the training was not run. {measured_at(records)}"
     return "\n\n".join([*parts, note])
 
 

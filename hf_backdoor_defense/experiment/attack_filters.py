@@ -23,6 +23,7 @@ from hf_backdoor_defense.experiment.attack_models import (
     text_length,
 )
 from hf_backdoor_defense.experiment.attack_plan import AttackPlan
+from hf_backdoor_defense.experiment.filters import FITTED, build_filter
 from hf_backdoor_defense.experiment.steps import Result, kept_folder, write_arrays
 from hf_backdoor_defense.filters import Filter
 from hf_backdoor_defense.functional.thresholds import clopper_pearson, rows_needed
@@ -96,14 +97,17 @@ def _build(plan: AttackPlan, seed: int, kind: str, arm: str, name: str) -> Filte
     model, tokenizer = (
         load_base(plan, base_folder(plan, seed, kind)) if arm == "base" else load_victim(plan, seed, kind, arm)
     )
-    options: dict[str, Any] = {"max_length": text_length(plan, model), "progress": _bar(plan, name)}
-    if name in SLOW:
-        fitted = plan.victim.select(few_rows(plan.victim, FITTED_ON))
-        options |= {"clean_texts": list(fitted["text"]), "seed": seed}
-        if name == "rap":
-            options["clean_labels"] = list(fitted["label"])
-    make: Any = filter_class(name)
-    return make(model, tokenizer, **options)
+    fitted = plan.victim.select(few_rows(plan.victim, FITTED_ON) if name in FITTED else [])
+    return build_filter(
+        name,
+        model,
+        tokenizer,
+        texts=list(fitted["text"]),
+        labels=list(fitted["label"]),
+        seed=seed,
+        max_length=text_length(plan, model),
+        progress=_bar(plan, name),
+    )
 
 
 def _bar(plan: AttackPlan, title: str) -> str | None:

@@ -9,7 +9,8 @@ from hf_backdoor_defense.models import text_logits, weights_sha256
 
 
 class BoundFilter(Filter):
-    """Base of STRIP, ONION and RAP. A subclass says in `arguments` what its constructor needs beside model and tokenizer.
+    """Base of plain confidence, STRIP, ONION and RAP. A subclass says in `arguments` what its constructor needs beside model
+    and tokenizer.
 
     >>> BoundFilter.from_pretrained("nowhere", None, None)
     Traceback (most recent call last):
