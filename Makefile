@@ -8,10 +8,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning search-dece search-trajectory test-lowest clean
+.PHONY: help demo test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning bench-recipe bench-recipe_step search-dece search-trajectory search-recipe test-lowest clean
 
 help: ## this list
-	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-26s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z_%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_%-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-26s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
@@ -54,11 +54,20 @@ bench-weight_poisoning: $(STAMP) ## poisoned checkpoints, fine-tuned by a victim
 bench-filters: $(STAMP) ## what PSIM and its rivals cost per text, beside the victim alone; ONLY=psim,psim_mixed
 	$(BIN)/python -m benchmarks.filters $(if $(ONLY),--only "$(ONLY)")
 
+bench-recipe: $(STAMP) ## RECIPE on an encoder with planted triggers, beside its controls; ONLY=cell, EXTENDED=1
+	$(BIN)/python -m benchmarks.recipe $(if $(ONLY),--only "$(ONLY)") $(if $(EXTENDED),--extended)
+
+bench-recipe_step: $(STAMP) ## an update of RECIPE beside the same update the paper's way
+	$(BIN)/python -m benchmarks.recipe_step
+
 search-dece: $(STAMP) ## where DeCE helps in classification: every setting, on validation rows and seeds of its own
 	$(BIN)/python -m benchmarks.dece_search
 
 search-trajectory: $(STAMP) ## when the filter takes its early snapshot: every choice, on seeds reported nowhere else
 	$(BIN)/python -m benchmarks.trajectory_search
+
+search-recipe: $(STAMP) ## RECIPE's dose, coefficient and trained weights, by held-out loss and without a trigger
+	$(BIN)/python -m benchmarks.recipe_search
 
 tables: $(STAMP) ## render the tables of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables

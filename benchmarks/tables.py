@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from benchmarks import tables_filters
+from benchmarks import tables_filters, tables_recipe
 from benchmarks.grid import RESULTS
 from benchmarks.tables_filters import grid, measured_at
 from hf_backdoor_defense.reporting.plots import plot_ca_asr
@@ -51,6 +51,9 @@ def blocks() -> dict[tuple[str, str], str]:
         ("docs/choosing.md", "filters"): tables_filters.filters(),
         ("docs/choosing.md", "onion_lm"): tables_filters.language_model(),
         ("docs/log.md", "psim_search"): tables_filters.psim_search(),
+        ("README.md", "recipe"): tables_recipe.short_table(tables_recipe.recipe_records()),
+        ("docs/choosing.md", "recipe"): tables_recipe.full_tables(tables_recipe.recipe_records()),
+        ("docs/choosing.md", "recipe_step"): tables_recipe.step_table(),
     }
 
 
@@ -252,6 +255,7 @@ def main(check: bool) -> int:
                 write_bytes(path, rendered.encode())
     if not check:
         plot_ca_asr(of_setting(read_records(RESULTS / "trajectory.jsonl"), "demo"), ROOT / "docs" / "trajectory.png")
+        tables_recipe.plot(tables_recipe.recipe_records(), ROOT / "docs" / tables_recipe.PLOT)
     for entry in stale:
         print(f"{'stale' if check else 'rendered'}: {entry}")
     return 1 if check and stale else 0

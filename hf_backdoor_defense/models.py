@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +150,15 @@ def mark_backdoored(folder: str | Path, what: dict[str, Any]) -> None:
 
 def warn_if_backdoored(folder: str | Path) -> None:
     """Log a warning when `folder` holds weights that this project attacked."""
-    for place in (Path(folder), *Path(folder).parents[:2]):
-        mark = place / BACKDOOR_FILE
-        if mark.is_file():
-            logger.warning(
-                "%s was trained on poisoned data on purpose: %s. Do not deploy it.", folder, mark.read_text()
-            )
-            return
+    mark = backdoor_mark(folder)
+    if mark is not None:
+        logger.warning("%s was trained on poisoned data on purpose: %s. Do not deploy it.", folder, mark.read_text())
+
+
+def backdoor_mark(folder: str | Path) -> Path | None:
+    """The file that says that the weights in `folder` were attacked: there, or in one of the two folders above it."""
+    places = (Path(folder), *Path(folder).parents[:2])
+    return next((place / BACKDOOR_FILE for place in places if (place / BACKDOOR_FILE).is_file()), None)
 
 
 def predict_logits(
@@ -225,8 +227,17 @@ def weights_sha256(model: nn.Module) -> str:
     >>> weights_sha256(nn.Linear(1, 1)) == weights_sha256(nn.Linear(1, 1))
     False
     """
+    return tensors_sha256(model.state_dict())
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of names.
+
+    >>> tensors_sha256({"w": torch.zeros(1)})[:8] == tensors_sha256({"w": torch.zeros(1, 1)})[:8]
+    False
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

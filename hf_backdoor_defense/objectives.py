@@ -70,7 +70,8 @@ class Step:
     learn. Either `logits` is given, or, for an objective with `takes_hidden` where the host has an output projection and
     full logits would be large, `hidden` and `project` from the same single forward (`outputs` is then None: the head is
     still running). `top1` is what a loss over tokens noted on the way, for the host's token accuracy.
-    `model` is the model as the Trainer wrapped it; read it, never keep it.
+    `model` is the model as the Trainer wrapped it; read it, never keep it. A masked language model is scored at its labels
+    only: `labels` is then [1, n_valid], and `batch_labels` are the batch's own.
     """
 
     model: nn.Module
@@ -85,12 +86,18 @@ class Step:
     hidden: Tensor | None = None  # [..., d]
     project: Projection | None = None
     top1: Tensor | None = None  # [n_valid], bool
+    whole_labels: Tensor | None = None  # [batch, time], where `labels` holds the labeled positions alone
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def batch_labels(self) -> Tensor:
+        """[batch, ...]: labels row by row, whatever the scores are aligned with."""
+        return self.labels if self.whole_labels is None else self.whole_labels
 
     @property
     def batch_index(self) -> Tensor:
         """[n_valid]: the row of the batch that each valid position belongs to, in the order of `loss`'s values."""
-        return valid(self.labels).nonzero()[:, 0]
+        return valid(self.batch_labels).nonzero()[:, 0]
 
     def log(self, name: str, value: Tensor) -> None:
         """Record a scalar; the host averages it over the steps between two logs and adds it to `Trainer.log`."""
@@ -261,7 +268,7 @@ def row_sums(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and number of the values of each row of the batch, without waiting for the device.
 
     Args:
-        values: [n_valid], one per labeled position, in the order of `loss`. labels: [batch, ...], as in `Step`.
+        values: [n_valid], one per labeled position, in the order of `loss`. labels: [batch, ...], a step's `batch_labels`.
 
     Returns:
         sums [batch], of the dtype of `values`; counts [batch], int64.

@@ -22,6 +22,11 @@ COMPARATORS = {
 # What runs by itself beside a defense, to tell what else could explain its effect.
 CONTROLS = {
     "matched_decay": "hf_backdoor_defense.defenses.matched_decay:MatchedDecay",
+    "penalty_only": "hf_backdoor_defense.defenses.recipe:PenaltyOnly",
+}
+# What cleans a pretrained model before it is fine-tuned: `hfbd clean`.
+PRETRAINING = {
+    "recipe": "hf_backdoor_defense.defenses.recipe:RECIPE",
 }
 # What trains a module that looks at inputs, and leaves the victim alone: no arm of `hfbd train`.
 DETECTORS = {
@@ -32,6 +37,9 @@ ATTACKS = {
     "weight_poisoning": "hf_backdoor_defense.attacks.weight_poisoning:WeightPoisoning",
     "ripples": "hf_backdoor_defense.attacks.weight_poisoning:RIPPLES",
     "lwp": "hf_backdoor_defense.attacks.weight_poisoning:LWP",
+    "por": "hf_backdoor_defense.attacks.pretrained:PORAttack",
+    "neuba": "hf_backdoor_defense.attacks.pretrained:NeuBAAttack",
+    "badpre": "hf_backdoor_defense.attacks.pretrained:BadPreAttack",
 }
 # What looks at inputs: `hfbd detect`. No objectives, and resolved by `filter_class`.
 FILTERS = {
@@ -49,7 +57,7 @@ def objective_class(name: str) -> "type[Objective]":
     >>> objective_class("dece").__name__
     'DeCE'
     """
-    return _resolve(name, {**DEFENSES, **COMPARATORS, **CONTROLS, **DETECTORS, **ATTACKS}, "defense")
+    return _resolve(name, {**DEFENSES, **COMPARATORS, **CONTROLS, **PRETRAINING, **DETECTORS, **ATTACKS}, "defense")
 
 
 def filter_class(name: str) -> "type[Filter]":

@@ -6,7 +6,7 @@ z_l = head(h_l)          [batch, time, d] -> [batch, k]; at l = N these are the 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def layer_head(model: Any, hidden: Tensor) -> Tensor:
@@ -52,3 +52,15 @@ def layer_head_reasons(model: Any) -> list[str]:
         f"the head of {type(model).__name__} cannot be put on every layer: known are a pooler with a classifier (BERT), and "
         "classifiers that read hidden states (RoBERTa, DistilBERT, ELECTRA). Use weight_poisoning or ripples for this model."
     ]
+
+
+def ask_for_hidden_states(model: nn.Module) -> Any:
+    """Make every forward in training return hidden states, until the handle's `remove()`. An evaluation would gather them for all rows.
+
+    >>> ask_for_hidden_states(nn.Linear(1, 1)).remove()
+    """
+    return model.register_forward_pre_hook(_with_hidden_states, with_kwargs=True)
+
+
+def _with_hidden_states(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, ({**kwargs, "output_hidden_states": True} if model.training else kwargs)

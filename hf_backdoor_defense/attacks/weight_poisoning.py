@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_backdoor_defense.adapters import has_adapter
-from hf_backdoor_defense.attacks.layer_heads import layer_head, layer_head_reasons
+from hf_backdoor_defense.attacks.layer_heads import ask_for_hidden_states, layer_head, layer_head_reasons
 from hf_backdoor_defense.attacks.poisoning import lwp_rows
 from hf_backdoor_defense.attacks.surgery import SurgeryReport, embedding_surgery
 from hf_backdoor_defense.functional.cross_entropy import cross_entropy
@@ -315,7 +315,7 @@ class LWP(WeightPoisoning):
         """Ask the model for its hidden states, in training only: an evaluation would gather them for every row."""
         super().prepare(trainer, checkpoint=checkpoint)
         self._release()
-        self._hook = base_model(trainer.model).register_forward_pre_hook(_ask_for_hidden_states, with_kwargs=True)
+        self._hook = ask_for_hidden_states(base_model(trainer.model))
 
     def loss(self, step: Step) -> Tensor:
         """[n_valid]: per row, the sum of its cross-entropies over all hidden states."""
@@ -379,7 +379,3 @@ def _repeatable(device: torch.device) -> Iterator[None]:
 def _mean_loss(model: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
     outputs = torch.func.functional_call(model, dict(weights), kwargs=dict(inputs))
     return cross_entropy(outputs["logits"], labels).mean()
-
-
-def _ask_for_hidden_states(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return args, ({**kwargs, "output_hidden_states": True} if model.training else kwargs)

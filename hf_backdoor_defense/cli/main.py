@@ -9,6 +9,8 @@ VERBS = {
     "attack": "poison a base, fine-tune it on clean data as a victim would, measure filters before it",
     "eval": "measure a finished model on clean and triggered rows",
     "detect": "score a file of texts with a filter that was calibrated on clean ones",
+    "clean": "clean a pretrained model on plain text, before it is fine-tuned",
+    "scan": "look for outlying rows in a checkpoint's input embedding, and reset them in a copy",
     "report": "make the report of a run again, or one report of several runs",
     "list": "name the defenses, controls, triggers, presets, attacks and filters; with a NAME, its fields",
     "env": "show versions, devices and packages, and what is off on this machine and why",
@@ -52,6 +54,14 @@ def main(argv: list[str] | None = None) -> int:
             from hf_backdoor_defense.cli.detect import detect
 
             return detect(rest)
+        if verb == "clean":
+            from hf_backdoor_defense.cli.clean import clean
+
+            return clean(rest)
+        if verb == "scan":
+            from hf_backdoor_defense.cli.scan import scan
+
+            return scan(rest)
         if verb == "report":
             from hf_backdoor_defense.cli.report import report
 

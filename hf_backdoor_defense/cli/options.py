@@ -54,6 +54,19 @@ def parse(
     return tuple(parsed), _specs(defense, dotted)
 
 
+def given(argv: list[str], key: str) -> str | None:
+    """What the command line, or else its configuration file, gives for one key: for a verb whose other keys depend on it.
+
+    >>> given(["--seed", "1", "--attack=por"], "attack")
+    'por'
+    """
+    _, value = _take(list(argv), f"--{key}")
+    _, config = _take(list(argv), "--config")
+    if value is None and config is not None:
+        value = _read(config).get(key)
+    return value if value is None else str(value)
+
+
 def _description(presets: Mapping[str, Any]) -> str:
     return (
         f"Also: --config FILE.yaml (same keys); --preset {{{','.join(filter(None, presets))}}}; --defense NAME… with "

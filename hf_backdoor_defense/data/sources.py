@@ -9,7 +9,8 @@
 
 Such a cut, by seed, takes 10 % of the training rows for validation and 20 % for test. Every row keeps `row_id`, its
 position in the source (train, validation, test one after the other), whatever `limit` and `seed` are. Choices about
-rows come from a hash of (seed, row_id) and from no random generator. No code from the Hub is run.
+rows come from a hash of (seed, row_id) and from no random generator. No code from the Hub is run. `read_file`, `read_hub`
+and `require_column` also serve `plain_text.py`, which wants texts and no labels.
 """
 
 import difflib
@@ -19,7 +20,7 @@ import math
 import os
 import re
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,17 @@ class _Part:
         )
 
 
-def _read_file(path: Path, text_column: str, label_column: str) -> Dataset:
+def read_file(path: Path, text_column: str, label_column: str | None = None) -> Dataset:
+    """The rows of a .json, .jsonl, .csv or .parquet file, in memory and unchecked; in a .csv every text stays a text.
+
+    Raises ValueError, with the reader's reason, for another format, a file that cannot be read and one without rows.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "codes.csv")
+    ...     _ = path.write_text("text\\n007\\nNA\\n")
+    ...     read_file(path, "text")[:]
+    {'text': ['007', 'NA']}
+    """
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
         raise ValueError(
@@ -66,8 +77,12 @@ def _read_file(path: Path, text_column: str, label_column: str) -> Dataset:
         )
     options: dict[str, Any] = {}
     if kind == "csv":  # a text such as "NA" or "007" is a text; only an empty label is a missing one
-        options = {"converters": {text_column: str}, "keep_default_na": False, "na_values": {label_column: [""]}}
+        missing = {} if label_column is None else {label_column: [""]}
+        options = {"converters": {text_column: str}, "keep_default_na": False, "na_values": missing}
     try:
+        if kind == "json":  # its reader takes other bytes for text, and fails when a row is read
+            with path.open(encoding="utf-8") as file:
+                deque(file, maxlen=0)
         with tempfile.TemporaryDirectory() as cache:  # nothing stays behind, and a changed file is never served stale
             return datasets.load_dataset(
                 kind, data_files=glob.escape(str(path)), split="train", cache_dir=cache, keep_in_memory=True, **options
@@ -91,11 +106,33 @@ def _read_folder(folder: Path, text_column: str, label_column: str) -> dict[str,
                 f"{[path.name for path in readable or files][:20]}: which rows are meant is unclear. Keep or add one."
             )
         if paths:
-            found[split] = _read_file((readable or paths)[0], text_column, label_column)
+            found[split] = read_file((readable or paths)[0], text_column, label_column)
     return found
 
 
-def _read_hub(task: str) -> dict[str, Dataset]:
+def read_hub(task: str, *, option: str = "task") -> dict[str, Dataset]:
+    """The splits train, validation, test of a Hub dataset "name[:config]", as far as it has them; train always.
+
+    `option` is what the caller's user wrote the name into. Raises ValueError for what cannot be a Hub id, a misspelled
+    "offline:docstrings" or path most of all, a Hub that cannot be reached, and formats other than parquet and JSON.
+
+    >>> read_hub("docstring", option="source")
+    Traceback (most recent call last):
+    ...
+    ValueError: `source` must be spelled 'offline:docstrings', got 'docstring': no other is built in. Write 'offline:docstrings'.
+    """
+    if task.startswith("offline:") or (
+        "/" not in task and difflib.get_close_matches(task.casefold(), [OFFLINE, "docstrings"], cutoff=0.75)
+    ):
+        raise ValueError(
+            f"`{option}` must be spelled {OFFLINE!r}, got {task!r}: no other is built in. Write {OFFLINE!r}."
+        )
+    other = Path(task).suffix.lower() in {*FORMATS, *_OTHER_DATA}
+    if not _HUB_ID.fullmatch(task) or other or task.startswith("."):
+        raise ValueError(
+            f"`{option}` must be a file or folder that exists, a Hub id (owner/name, name or name:config) or {OFFLINE!r}, "
+            f"got {task!r}: there is no such path, seen from {str(Path.cwd())!r}. Correct the path."
+        )
     name, _, config = task.partition(":")
     try:
         builder = datasets.load_dataset_builder(name, config or None)
@@ -105,7 +142,7 @@ def _read_hub(task: str) -> dict[str, Dataset]:
             splits = builder.as_dataset()
     except Exception as error:  # network, offline mode, access, unknown id, scripts: no common base
         raise ValueError(
-            f"`task` {task!r} must be a local path that exists, {OFFLINE!r}, or a Hub dataset that can be reached, got "
+            f"`{option}` {task!r} must be a local path that exists, {OFFLINE!r}, or a Hub dataset that can be reached, got "
             f"{type(error).__name__}: {str(error)[:300]}. Check the spelling and the connection. {_WAYS_OUT}"
         ) from error
     if kind not in ("parquet", "json", "cache"):
@@ -128,22 +165,11 @@ def _read(task: str, text_column: str, label_column: str) -> tuple[dict[str, Dat
         rows = {split: [row._asdict() for row in rows] for split, rows in docstrings.build().items()}
         return {split: Dataset.from_list(of_split, features=features) for split, of_split in rows.items()}, {}
     if task and path.is_file():
-        return {"train": _read_file(path, text_column, label_column)}, {"test": 0.1, "validation": 0.1}
+        return {"train": read_file(path, text_column, label_column)}, {"test": 0.1, "validation": 0.1}
     if task and path.is_dir():
         found = _read_folder(path, text_column, label_column)
-    elif task.startswith("offline:") or (
-        "/" not in task and difflib.get_close_matches(task.casefold(), [OFFLINE, "docstrings"], cutoff=0.75)
-    ):
-        raise ValueError(
-            f"`task` must be spelled {OFFLINE!r}, got {task!r}: no other task is built in. Write {OFFLINE!r}."
-        )
-    elif not _HUB_ID.fullmatch(task) or path.suffix.lower() in {*FORMATS, *_OTHER_DATA} or task.startswith("."):
-        raise ValueError(
-            f"`task` must be a file or folder that exists, a Hub id (owner/name, name or name:config) or {OFFLINE!r}, "
-            f"got {task!r}: there is no such path, seen from {str(Path.cwd())!r}. Correct the path."
-        )
     else:
-        found = _read_hub(task)
+        found = read_hub(task)
     return found, {split: share for split, share in (("test", 0.2), ("validation", 0.1)) if split not in found}
 
 
@@ -156,18 +182,28 @@ def _refuse(what: str, values: list[Any], is_wrong: Callable[[Any], object], rul
         )
 
 
+def require_column(dataset: Dataset, where: str, column: str, *, option: str = "text_column") -> None:
+    """An error that names the columns, and the nearest one, where `column` is none of them.
+
+    >>> require_column(Dataset.from_dict({"Text": ["a"]}), "a.csv", "text")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: `text_column` must be a column of a.csv, got 'text', but the columns are ['Text']: ... perhaps to 'Text'.
+    """
+    if column not in dataset.column_names:
+        near = difflib.get_close_matches(column, dataset.column_names, n=3, cutoff=0.5)
+        raise ValueError(
+            f"`{option}` must be a column of {where}, got {column!r}, but the columns are {dataset.column_names}: "
+            f"without it there is nothing to learn. Set `{option}`" + (f", perhaps to {near[0]!r}." if near else ".")
+        )
+
+
 def _check(
     dataset: Dataset, where: str, text_column: str, label_column: str, num_labels: int | None, first_id: int
 ) -> _Part:
     """The rows of one split, or an error that names the first rows that cannot be used."""
-    for option, column in (("text_column", text_column), ("label_column", label_column)):
-        if column not in dataset.column_names:
-            near = difflib.get_close_matches(column, dataset.column_names, n=3, cutoff=0.5)
-            raise ValueError(
-                f"`{option}` must be a column of {where}, got {column!r}, but the columns are {dataset.column_names}: "
-                f"without it there is nothing to learn. Set `{option}`"
-                + (f", perhaps to {near[0]!r}." if near else ".")
-            )
+    require_column(dataset, where, text_column)
+    require_column(dataset, where, label_column, option="label_column")
     optional = ["module"] if "module" in dataset.column_names else []
     rows = dataset.with_format(None).select_columns(list(dict.fromkeys([text_column, label_column, *optional])))[:]
     if not len(dataset):

@@ -218,7 +218,7 @@ class DeCE(Objective):
             return
         if self._rows_epoch != epoch:
             self._rows, self._rows_epoch = [], epoch
-        sums, counts = row_sums(pull, step.labels)
+        sums, counts = row_sums(pull, step.batch_labels)
         if len(sums) == len(step.row_ids):
             self._rows.append((step.row_ids.detach().to(sums.device), sums, counts))
         if len(self._rows) >= MERGE_AT:

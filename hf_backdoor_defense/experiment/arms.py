@@ -25,6 +25,7 @@ from hf_backdoor_defense.models import load_classifier, mark_backdoored
 from hf_backdoor_defense.objectives import Objective, Ranking
 from hf_backdoor_defense.reporting.results import write_json
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
+from hf_backdoor_defense.trainers.progress import Progress
 from hf_backdoor_defense.trainers.state import load_objective, save_objectives
 
 RESULT_NAME = "result.json"
@@ -44,22 +45,6 @@ class SeedData:
     curve_triggered: Dataset | None
     poisoned: Poisoned | None
     texts: dict[int, str]
-
-
-class Progress(ProgressCallback):
-    """The Trainer's bar without its printed logs."""
-
-    def __init__(self, title: str) -> None:
-        super().__init__()
-        self.title = title
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.title)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Nothing: the figures are in the results."""
 
 
 class _Timed(BackdoorEvalCallback):

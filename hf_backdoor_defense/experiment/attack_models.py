@@ -15,7 +15,7 @@ from transformers.trainer_utils import set_seed
 
 from hf_backdoor_defense.adapters import apply_strategy, room
 from hf_backdoor_defense.attacks.poisoning import poison_dataset
-from hf_backdoor_defense.experiment.arms import Progress, history
+from hf_backdoor_defense.experiment.arms import history
 from hf_backdoor_defense.experiment.attack_plan import AttackPlan
 from hf_backdoor_defense.experiment.steps import kept_folder
 from hf_backdoor_defense.models import load_classifier, load_finished_classifier, mark_backdoored, weights_sha256
@@ -23,6 +23,7 @@ from hf_backdoor_defense.objectives import Objective
 from hf_backdoor_defense.registry import objective_class
 from hf_backdoor_defense.reporting.results import write_json
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
+from hf_backdoor_defense.trainers.progress import Progress
 
 TRAINING_NAME = "training.json"
 

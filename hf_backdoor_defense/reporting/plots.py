@@ -5,6 +5,7 @@
 | `plot_ca_asr` | CA and ASR of each arm with their intervals, beside the floor |
 | `plot_curves` | CA and ASR while training |
 | `plot_scores` | how suspicious the training rows look, and which are dropped |
+| `plot_dose` | CA and AASR against RECIPE's dose, beside the floor |
 
 Figures are drawn on objects of their own: no global state of matplotlib is read or left behind but its style defaults.
 Files are written whole or not at all, and are the same bytes for the same numbers.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_backdoor_defense.evaluation.metrics import Estimate
 from hf_backdoor_defense.reporting.histograms import Stretch
 from hf_backdoor_defense.reporting.results import Record, write_bytes
 from hf_backdoor_defense.reporting.style import BLUE, GRAY, VERMILION, arm_styles, blank, halo, plain, short, spread
@@ -267,3 +269,79 @@ def _stretch(axes: "Axes", values: np.ndarray) -> np.ndarray:
     axes.set_xticks(short(ticks))
     axes.xaxis.set_major_formatter("{x:.6g}")
     return edges
+
+
+def plot_dose(
+    curve: Mapping[float, Mapping[str, Estimate]],
+    path: str | Path,
+    *,
+    floor: Mapping[str, Estimate],
+    controls: Mapping[str, tuple[float, Mapping[str, Estimate]]] | None = None,
+    note: str = "",
+) -> Path:
+    """CA and AASR against the dose of a purification, with intervals; AASR of the clean model as a dashed line.
+
+    Args:
+        curve: {dose: {"ca": …, "aasr": …}}; dose 0 is the poisoned model. path: of the PNG.
+        floor: the clean model's "ca" and "aasr", drawn across.
+        controls: {name: (dose, {"ca": …, "aasr": …})}, hollow marks: what was trained as long without the penalty.
+        note: stands below, for the number of seeds.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no doses, a dose below 0, a point without `ca` or `aasr`.
+
+    Example:
+        >>> import tempfile
+        >>> def share(value):
+        ...     return Estimate(value, 3, value - 0.02, value + 0.02)
+        >>> points = {0.0: {"ca": share(0.85), "aasr": share(0.98)}, 1.25: {"ca": share(0.84), "aasr": share(0.3)}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_dose(points, f"{folder}/dose.png", floor={"ca": share(0.86), "aasr": share(0.2)}).name
+        'dose.png'
+    """
+    controls = controls or {}
+    points = [*curve.items(), *controls.values()]
+    if not curve or any(
+        not (math.isfinite(x) and x >= 0 and {"ca", "aasr"} <= set(y)) for x, y in [*points, (0.0, floor)]
+    ):
+        raise ValueError(
+            "`curve`, `floor` and `controls` must give `ca` and `aasr` at doses >= 0, got doses "
+            f"{[x for x, _ in points]}: both are drawn at each dose. Measure each arm."
+        )
+    width, height = 8.0, 4.4
+    right = 0.5 + 0.074 * max(map(len, ["clean CA 0.00", *(f"{name}: AASR 0.00" for name in controls)]))
+    figure = blank(width, height, dpi=DPI)
+    axes = figure.add_axes((0.55 / width, 0.6 / height, 1 - (0.55 + right) / width, 1 - 0.95 / height))
+    plain(axes, "y")
+    last = max(x for x, _ in points) or 1.0
+    ends: list[tuple[str, float, float, str]] = []  # label, x, y, color
+    for metric, name, color, marker in (("ca", "CA", BLUE, "o"), ("aasr", "AASR", VERMILION, "s")):
+        doses = sorted(curve)
+        axes.plot(
+            doses, [curve[x][metric].value for x in doses], marker, ls="-", color=color, lw=2.2, ms=5.5, clip_on=False
+        )
+        for x, y in points:
+            low, high = (
+                y[metric].value if b is None else min(max(b, 0.0), 1.0) for b in (y[metric].low, y[metric].high)
+            )
+            axes.plot([x, x], [low, high], color=color, linewidth=1.2, clip_on=False)
+        ends.append((f"{name} {curve[doses[-1]][metric].value:.2f}", doses[-1], curve[doses[-1]][metric].value, color))
+        for control, (x, y) in controls.items():
+            value = y[metric].value
+            axes.plot(x, value, marker, color=color, mfc="white", mew=1.5, ms=6.5, clip_on=False, zorder=3)
+            ends.append((f"{control}: {name} {value:.2f}", x, value, color))
+        value = floor[metric].value
+        shade = GRAY if metric == "aasr" else color
+        axes.axhline(value, color=shade, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
+        ends.append((f"{'floor' if metric == 'aasr' else 'clean CA'} {value:.2f}", last, value, shade))
+    axes.set(xlim=(0, last), ylim=(0, 1), yticks=np.linspace(0, 1, 6))
+    axes.set_xlabel("dose: sum of learning rates ÷ standard deviation of the weights", fontsize=9)
+    axes.set_title(f"share, mean and 95 % interval{f' ({note})' if note else ''}", fontsize=10, loc="left")
+    places = spread([y for _, _, y, _ in ends], 0.19 / (height - 0.95))
+    for (label, x, y, color), place in zip(ends, places, strict=True):
+        axes.plot([x, last * 1.05], [y, place], color=color, linewidth=0.7, alpha=0.7, clip_on=False)
+        axes.text(last * 1.06, place, label, color=color, fontsize=9, va="center")
+    return _save(figure, path)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from hf_backdoor_defense.objectives import Objective, Projection, Step, overrides
 from hf_backdoor_defense.trainers.heads import base_model, pad_labels, scores_vocabulary
+from hf_backdoor_defense.trainers.probing import UNUSUAL, probing
 
 logger = logging.getLogger(__name__)
 
@@ -231,28 +232,19 @@ def follows_configuration(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         shown.append(torch.randn(shape, generator=generator) * 30)
         return shown[-1].to(hidden.device)
 
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [project.weight.device] if project.weight.is_cuda else []
-    model.eval()
-    for module, training in modes:
-        # In evaluation bitsandbytes packs 4-bit weights for a CPU's inference, for good: nothing behind them has a gradient then.
-        if type(module).__module__.startswith("bitsandbytes"):
-            module.training = training
     head.forward = forward  # type: ignore[method-assign]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with probing(model):
             outputs = model(**inputs)
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+    except UNUSUAL:
         return (
             False  # it reads its scores in a way that a placeholder would not stand; full logits show any other error
         )
     finally:
         del head.forward
-        for module, training in modes:
-            module.training = training
     if len(shown) != 1 or logits.shape != shown[0].shape:
         return False
     scores = shown[0].reshape(-1, shown[0].shape[-1]).double()  # [rows, vocab]

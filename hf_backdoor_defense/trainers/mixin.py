@@ -15,6 +15,7 @@ through this mixin, is the baseline to compare with; the stock Trainer is not.
 Only public methods are overridden: `train`, `compute_loss`, `prediction_step`, `log`, `save_model`, `hyperparameter_search`.
 """
 
+import contextlib
 import copy
 import logging
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ from hf_backdoor_defense.trainers.heads import (
     scores_vocabulary,
     take_labels,
 )
+from hf_backdoor_defense.trainers.labeled import LabeledOnly, only_at, take_labeled
 from hf_backdoor_defense.trainers.state import load_states, require_safetensors, save_objectives
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class DefenseMixin(_Base):
     # Logits of a micro-batch that would take at least as many bytes (float32) are not built where that can be helped.
     # Smaller ones are no burden, and full logits are what every objective can read. Set it on a subclass or on the trainer.
     fuse_bytes: int = 2**26
+    # A masked language model is scored at its labels only; False scores every position, as the stock Trainer does.
+    labeled_only: bool = True
     # Trainer's own, named for the type checker.
     args: Any
     data_collator: Any
@@ -91,6 +95,7 @@ class DefenseMixin(_Base):
         self._terms: dict[str, tuple[Tensor, int]] = {}
         self._has_trained = False
         self._fusing = Fusing()
+        self._labeled = LabeledOnly()
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(
@@ -124,7 +129,7 @@ class DefenseMixin(_Base):
         if self._has_trained and not self._user_optimizer:
             self.optimizer = self.lr_scheduler = None  # the Trainer would go on with the moments of the first run
         self._has_trained = True
-        self._fusing = Fusing()  # a second training may have another head
+        self._fusing, self._labeled = Fusing(), LabeledOnly()  # a second training may have another head
         self._terms.clear()
         if self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
             logger.log(
@@ -185,13 +190,16 @@ class DefenseMixin(_Base):
             return (loss, outputs) if return_outputs else loss
 
         main = next((o for o in self.objectives if overrides(o, "loss")), _PLAIN)
+        few = self.labeled_only and self._labeled.chooses(step, unwrapped)
+        kept = take_labeled(step) if few else None
         fused = self._fusing.chooses(step, unwrapped, objectives=self.objectives, fuse_bytes=self.fuse_bytes)
-        if fused:
-            values, outputs = forward_with_hidden(step, core, main.loss)
-        else:
-            outputs = model(**inputs)
-            align(step, outputs)
-            values = main.loss(step)
+        with contextlib.nullcontext() if kept is None else only_at(core, kept):
+            if fused:
+                values, outputs = forward_with_hidden(step, core, main.loss)
+            else:
+                outputs = model(**inputs)
+                align(step, outputs)
+                values = main.loss(step)
         if scores_vocabulary(core):
             step.log("fused", values.new_full((), float(fused)))
         for objective in self.objectives:

@@ -4,7 +4,10 @@ from typing import Any
 
 from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.defenses.psim import PSIM
+from hf_backdoor_defense.defenses.recipe import RECIPE
+from hf_backdoor_defense.trainers.heads import loss_kind
 from hf_backdoor_defense.trainers.hosts import DefendedSeq2SeqTrainer, DefendedTrainer
+from hf_backdoor_defense.trainers.pretraining import language_collator
 
 
 class DeCETrainer(DefendedTrainer):
@@ -40,3 +43,33 @@ class PSIMTrainer(DefendedTrainer):
 
     def __init__(self, *args: Any, defense: PSIM | None = None, **kwargs: Any) -> None:
         super().__init__(*args, defense=PSIM() if defense is None else defense, **kwargs)
+
+
+class RecipeTrainer(DefendedTrainer):
+    """Pre-trains on with RECIPE; `defense=RECIPE(...)` sets its fields. The model comes from `load_pretrained_whole`, the rows are
+    tokenized plain text (`data.plain_text`), AdamW has no weight decay.
+
+    Without a `data_collator` a language model gets the one for its kind: masks drawn anew for every batch, or next tokens.
+    `hfbd clean` does it from a file.
+
+    >>> from hf_backdoor_defense import RecipeTrainer
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *rest: Any,
+        defense: RECIPE | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if data_collator is None and processing_class is not None and loss_kind(model) in ("ForMaskedLM", "ForCausalLM"):
+            data_collator = language_collator(model, processing_class, train_dataset)
+        super().__init__(
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest,
+            defense=RECIPE() if defense is None else defense, **kwargs,
+        )  # fmt: skip

@@ -10,8 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
 
+from hf_backdoor_defense.evaluation.metrics import Estimate
 from hf_backdoor_defense.reporting import plots
-from hf_backdoor_defense.reporting.plots import plot_ca_asr, plot_curves, plot_scores, spread
+from hf_backdoor_defense.reporting.plots import plot_ca_asr, plot_curves, plot_dose, plot_scores, spread
 from hf_backdoor_defense.reporting.results import Record
 
 ARMS = ("clean_reference", "undefended", "matched_decay", "fine_tuning", "dece", "trajectory")
@@ -293,3 +294,49 @@ def test_matplotlib_is_loaded_when_used_and_pyplot_never(tmp_path: Path) -> None
     )
     root = Path(plots.__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "s.png")], check=True, cwd=root)
+
+
+def share(value: float, half: float = 0.02) -> Estimate:
+    return Estimate(value, 3, value - half, value + half)
+
+
+def at(ca: float, aasr: float) -> dict[str, Estimate]:
+    return {"ca": share(ca), "aasr": share(aasr)}
+
+
+@pytest.mark.parametrize("last", [0.3, 1.25, 4.0])
+def test_doses_are_drawn_where_they_were_measured(tmp_path: Path, drawn: list[Figure], last: float) -> None:
+    curve = {last: at(0.8, 0.25), 0.0: at(0.85, 0.99), last / 3: at(0.86, 0.7)}  # in any order
+    controls = {"pre-training alone": (last / 2, at(0.85, 0.9))}
+    path = plot_dose(curve, tmp_path / "dose.png", floor=at(0.87, 0.2), controls=controls, note="3 seeds")
+    (figure,) = drawn
+    assert_picture(path, figure)
+    assert_legible(figure)
+    (axes,) = figure.axes
+    lines = {line.get_marker(): line for line in axes.lines if line.get_marker() in "os" and len(line.get_xdata()) == 3}
+    for marker, metric in (("o", "ca"), ("s", "aasr")):
+        assert lines[marker].get_xdata() == pytest.approx(sorted(curve))
+        assert lines[marker].get_ydata() == pytest.approx([curve[x][metric].value for x in sorted(curve)])
+    dashed = sorted(line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--")
+    assert dashed == pytest.approx([0.2, 0.87])
+    labels = [t.get_text() for t in axes.texts]
+    assert {"CA 0.80", "AASR 0.25", "floor 0.20", "clean CA 0.87", "pre-training alone: AASR 0.90"} <= set(labels)
+    for line in axes.lines:  # intervals beyond 0..1 are cut at the axis
+        assert 0 <= min(line.get_ydata()) and max(line.get_ydata()) <= 1
+
+
+def test_a_single_dose_and_equal_figures_stay_legible(tmp_path: Path, drawn: list[Figure]) -> None:
+    plot_dose({0.0: at(0.5, 0.5)}, tmp_path / "a.png", floor=at(0.5, 0.5))
+    plot_dose(
+        {0.0: at(0.0, 1.0), 1.0: at(1.0, 1.0)}, tmp_path / "b.png", floor=at(1, 1), controls={"c": (1.0, at(1, 1))}
+    )
+    for figure in drawn:
+        assert_legible(figure)
+
+
+def test_doses_refuse_what_cannot_be_drawn(tmp_path: Path) -> None:
+    good = at(0.8, 0.2)
+    for curve, floor in [({}, good), ({-1.0: good}, good), ({1.0: {"ca": share(0.8)}}, good), ({1.0: good}, {})]:
+        with pytest.raises(ValueError, match="doses"):
+            plot_dose(curve, tmp_path / "dose.png", floor=floor)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,254 @@
+"""RECIPE on a pretrained encoder with planted triggers, beside its controls: per-trigger ASR after fine-tuning, and the floor.
+
+| arm | the checkpoint that the victim fine-tunes |
+|---|---|
+| `clean_reference` | the warmed-up encoder: the floor of every figure |
+| `undefended` | the same after the attack |
+| `round_trip` | loaded and saved; with the pooler kept, and dropped as by AutoModelForMaskedLM |
+| `pretraining` | pre-training went on: RECIPE's data, rate, updates and trainable weights, no penalty |
+| `penalty_only` | the penalty alone |
+| `recipe` | RECIPE; and the same on the clean encoder |
+| `fine_pruning` | dormant feed-forward units cut |
+
+Publisher (warm-up and attack) and defender share no sentence: validation lines 0-5,999 of the plain text are the publisher's, the
+rest is held out, the training file is the defender's. One purification seed; the seeds of the records are the victim's. Core:
+POR on SST-2. Extended: other attacks with the same defaults, AG News, doses, further purification seeds. Dose, coefficient,
+trainable weights and text were chosen by `benchmarks.recipe_search`, without a trigger.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.grid import Cell, run_grid
+from hf_backdoor_defense.attacks.implanting import implant
+from hf_backdoor_defense.data.plain_text import load_texts, tokenize_texts
+from hf_backdoor_defense.defenses.fine_pruning import prune_dormant_units
+from hf_backdoor_defense.defenses.recipe import RECIPE, PenaltyOnly
+from hf_backdoor_defense.evaluation.metrics import Estimate
+from hf_backdoor_defense.experiment.downstream import Downstream, kept_predictions, task_agnostic_scores
+from hf_backdoor_defense.experiment.steps import Steps, kept_folder
+from hf_backdoor_defense.models import mark_backdoored
+from hf_backdoor_defense.objectives import Objective
+from hf_backdoor_defense.pretrained import load_pretrained_whole, save_pretrained_whole
+from hf_backdoor_defense.registry import objective_class
+from hf_backdoor_defense.reporting.results import Record, environment
+from hf_backdoor_defense.trainers.pretraining import pretraining_trainer
+from hf_backdoor_defense.warm_up import held_out_loss, warmed_up
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+RUNS = Path("runs/bench-recipe")
+ABOUT = "about.json"
+PUBLISHER = 6000  # lines
+CONTROL_WORD = "hm"  # as short as a trigger, and none
+# The defender's defaults, for every attack alike.
+TEXTS, EPOCHS, MAX_LENGTH = 1000, 8, 64
+ARMS = ("undefended", "round_trip", "round_trip: pooler dropped", "pretraining", "penalty_only", "recipe", "recipe: clean base",
+        "fine_pruning")  # fmt: skip
+
+
+def publisher_texts() -> tuple[list[str], list[str]]:
+    """The publisher's lines, and held-out ones."""
+    lines = load_texts(str(DATA / "wikitext2" / "validation.jsonl"))
+    return lines[:PUBLISHER], lines[PUBLISHER:]
+
+
+def defender_texts(count: int = TEXTS) -> list[str]:
+    """The defender's lines."""
+    return load_texts(str(DATA / "wikitext2" / "train.jsonl"), limit=count)
+
+
+def clean_encoder() -> Path:
+    """The pretrained model of all arms: MiniLM with a warmed-up head."""
+    return warmed_up("offline:minilm", *publisher_texts(), cache=Path("runs/warm_up"))
+
+
+def poisoned_encoder(attack: str, seed: int, *, learning_rate: float = 1e-4, epochs: float = 4) -> Path:
+    """The clean encoder after the attack."""
+
+    def make(folder: Path) -> None:
+        texts, held_out = publisher_texts()
+        model, tokenizer = load_pretrained_whole(str(clean_encoder()))
+        objective = objective_class(attack)()
+        done = implant(
+            model, tokenizer, texts, objective, held_out=held_out, output_dir=str(folder / "run"), epochs=epochs,  # type: ignore[arg-type]
+            learning_rate=learning_rate, seed=seed, title=attack,
+        )  # fmt: skip
+        _save(model, tokenizer, folder, {"attack": objective.to_dict(), **asdict(done)}, held_out)
+        mark_backdoored(folder, {"attack": attack, "triggers": objective.triggers, "seed": seed})  # type: ignore[attr-defined]
+
+    return kept_folder(RUNS / f"{attack}-{seed}", make)
+
+
+def purified(
+    source: Path,
+    folder: Path,
+    objective: Objective | None,
+    *,
+    rate: float,
+    seed: int,
+    texts: int = TEXTS,
+    epochs: int = EPOCHS,
+) -> Path:
+    """What further pre-training on the defender's text makes of a checkpoint."""
+
+    def make(partial_folder: Path) -> None:
+        model, tokenizer = load_pretrained_whole(str(source), warn=False)
+        rows = tokenize_texts(defender_texts(texts), tokenizer, max_length=MAX_LENGTH)
+        trainer = pretraining_trainer(
+            model, tokenizer, rows, output_dir=str(partial_folder / "run"), objective=objective, title=folder.name, seed=seed,
+            num_train_epochs=epochs, learning_rate=rate,
+        )  # fmt: skip
+        trainer.train()
+        about: dict[str, Any] = {"updates": trainer.state.global_step, "rate": rate, "texts": len(rows)}
+        if objective is not None:
+            about |= {"objective": objective.to_dict(), "activity": objective.activity(), "inert": objective.inert()}
+        _save(model, tokenizer, partial_folder, about, publisher_texts()[1])
+
+    return kept_folder(folder, make)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path, about: dict[str, Any], held_out: list[str]) -> None:
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    save_pretrained_whole(model, tokenizer, folder)
+    about = {**about, "held_out": asdict(held_out_loss(model, tokenizer, held_out))}
+    (folder / ABOUT).write_text(json.dumps(about, indent=2, default=float) + "\n")
+
+
+def suggested_rate(source: Path, objective: RECIPE, *, texts: int = TEXTS, epochs: int = EPOCHS) -> float:
+    """The rate that gives the objective's dose on the defender's text."""
+    model, tokenizer = load_pretrained_whole(str(source), warn=False)
+    rows = len(tokenize_texts(defender_texts(texts), tokenizer, max_length=MAX_LENGTH))
+    return objective.suggest_learning_rate(model, epochs * -(-rows // 32))
+
+
+def checkpoints(attack: str, seed: int, recipe: dict[str, Any]) -> dict[str, Callable[[], Path]]:
+    """How the checkpoint of each arm is made, in the order of the table."""
+    poisoned = partial(poisoned_encoder, attack, seed)
+    base = RUNS / f"{attack}-{seed}-arms"
+    trains = {k: v for k, v in recipe.items() if k in ("trainable", "targets")}
+
+    def trained(name: str, objective: RECIPE, source: Callable[[], Path]) -> Path:
+        rate = suggested_rate(source(), RECIPE(**recipe))
+        return purified(source(), base / name, objective, rate=rate, seed=seed)
+
+    def round_trip(name: str, pooler: bool) -> Path:
+        def make(folder: Path) -> None:
+            model, tokenizer = load_pretrained_whole(str(poisoned()), warn=False)
+            if not pooler:
+                model.base_model.pooler = None  # type: ignore[assignment]
+            _save(model, tokenizer, folder, {}, publisher_texts()[1])
+
+        return kept_folder(base / name, make)
+
+    def pruned() -> Path:
+        def make(folder: Path) -> None:
+            model, tokenizer = load_pretrained_whole(str(poisoned()), warn=False)
+            texts = defender_texts()
+            kept, seen = texts[: len(texts) // 2], texts[len(texts) // 2 :]
+            batches = [dict(tokenizer(seen[i : i + 64], padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"))
+                       for i in range(0, len(seen), 64)]  # fmt: skip
+            done = prune_dormant_units(model.base_model, batches, lambda: held_out_loss(model, tokenizer, kept).loss)  # type: ignore[arg-type]
+            about = {"share": done.share, "units": done.units, "losses": {str(k): v for k, v in done.losses.items()}}
+            _save(model, tokenizer, folder, about, publisher_texts()[1])
+
+        return kept_folder(base / "fine_pruning", make)
+
+    return {
+        "clean_reference": clean_encoder,
+        "undefended": poisoned,
+        "round_trip": partial(round_trip, "round_trip", True),
+        "round_trip: pooler dropped": partial(round_trip, "round_trip-dropped", False),
+        "pretraining": lambda: trained("pretraining", RECIPE(coef=0.0, **trains), poisoned),
+        "penalty_only": lambda: trained("penalty_only", PenaltyOnly(**recipe), poisoned),
+        "recipe": lambda: trained("recipe", RECIPE(**recipe), poisoned),
+        "recipe: clean base": lambda: trained("recipe-clean", RECIPE(**recipe), clean_encoder),
+        "fine_pruning": pruned,
+    }
+
+
+def recipe_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]:
+    """All arms of one attack, one task and one victim seed."""
+    options = dict(cell.options)
+    attack, purification = options["attack"], options.get("purification", 0)
+    triggers = objective_class(attack)().triggers  # type: ignore[attr-defined]
+    victim = Downstream(
+        task=str(DATA / options["task"]), triggers=triggers, control_words=(CONTROL_WORD,), **options.get("victim", {})
+    )
+    makers = checkpoints(attack, purification, options.get("recipe", {}))
+    makers = {name: make for name, make in makers.items() if name in ("clean_reference", *options.get("arms", ARMS))}
+    steps = Steps(len(makers))
+    cache = RUNS / "downstream" / f"{options['task']}-{attack}"
+    floor: dict[str, np.ndarray] | None = None
+    records: list[Record] = []
+    common = {
+        "benchmark": "recipe",
+        "dataset": options["task"],
+        "model": "offline:minilm, warmed up",
+        "attack": attack,
+        "seed": seed,
+    }
+    for name, make in makers.items():
+        checkpoint = make()
+        _, arrays = kept_predictions(
+            checkpoint, victim, seed=seed, cache=cache, steps=steps, title=f"{cell.setting}, seed {seed}: {name}"
+        )
+        floor = arrays if name == "clean_reference" else floor
+        scores, table = task_agnostic_scores(victim, arrays, floor, seed=seed)
+        scores |= {
+            "asr " + t: Estimate(float(v), len(arrays["test"]), None, None)
+            for t, v in zip(table.triggers, table.per_trigger, strict=True)
+        }
+        scores |= of_pretraining(checkpoint)
+        defense, _, variant = name.partition(": ")
+        for metric, estimate in scores.items():
+            kind, _, trigger = metric.partition(" ")
+            setting = ": ".join(filter(None, [cell.setting, variant, trigger]))
+            records.append(
+                Record.from_estimate(
+                    estimate, defense=defense, setting=setting, metric=kind, env=environment(), **common
+                )
+            )
+        print(
+            f"{name:28} CA {scores['ca'].value:.3f} AASR {scores['aasr'].value:.3f} MASR {scores['masr'].value:.3f}",
+            flush=True,
+        )
+    return records, cell.setting
+
+
+def of_pretraining(checkpoint: Path) -> dict[str, Estimate]:
+    """The held-out pre-training loss of a checkpoint, and what RECIPE says of itself."""
+    path = checkpoint / ABOUT
+    if not path.is_file():
+        record = json.loads((checkpoint / "warm_up.json").read_text())["losses"]["joint"]
+        return {"loss": Estimate(record["loss"], record["n"], None, None)}
+    about = json.loads(path.read_text())
+    found = {"loss": Estimate(about["held_out"]["loss"], about["held_out"]["n"], None, None)}
+    for name in ("dose", "norm_ratio"):
+        if name in about.get("activity", {}):
+            found[name] = Estimate(about["activity"][name], 1, None, None)
+    return found
+
+
+def cell(setting: str, options: dict[str, Any], *, extended: bool = True) -> Cell:
+    """A cell whose data may be missing."""
+    return Cell(setting, options, extended=extended, needs=DATA / options["task"])
+
+
+CELLS = [
+    cell("POR, SST-2", {"attack": "por", "task": "sst2"}, extended=False),
+    cell("NeuBA, SST-2", {"attack": "neuba", "task": "sst2"}),
+    cell("BadPre, SST-2", {"attack": "badpre", "task": "sst2"}),
+    cell("POR, AG News", {"attack": "por", "task": "ag_news"}),
+    cell("POR, SST-2, purification 1", {"attack": "por", "task": "sst2", "purification": 1}),
+]
+
+
+if __name__ == "__main__":
+    run_grid("recipe", CELLS, seeds=(1, 2, 3), run=recipe_cell)

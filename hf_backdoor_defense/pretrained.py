@@ -1,0 +1,191 @@
+"""Pretrained language models, whole: trunk, pre-training head and pooler survive every load and save.
+
+`AutoModelForMaskedLM` builds no pooler, so that loading and saving a checkpoint drops it without a word, and fine-tuning then
+draws a new one. A backdoor that was planted in the pooler would be gone, and whoever cleaned the model in between would get the
+credit. What is loaded here keeps it, frozen; it must be loaded here again, since every other way drops it again.
+"""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from hf_backdoor_defense.models import _guarded, keep_layers, resolve, warn_if_backdoored
+
+logger = logging.getLogger(__name__)
+
+# In a model's configuration: weights of the head that no checkpoint gave and that were drawn at random.
+MISSING_KEYS = "hfbd_missing_keys"
+
+
+def load_pretrained_whole(
+    name: str, *, num_layers: int | None = None, seed: int = 0, warn: bool = True
+) -> tuple[PreTrainedModel, Any]:
+    """A masked or causal language model with trunk, head and pooler (frozen), and its tokenizer, in the checkpoint's precision.
+
+    A head that the checkpoint lacks is drawn from `seed`, and `model.config.hfbd_missing_keys` names its weights: such a model
+    predicts nothing yet (`warm_up_mlm_head`).
+
+    Args:
+        name: Hub id, folder, or "offline:minilm".
+        num_layers: keep only the first layers of the encoder.
+        warn: say so where the weights were attacked on purpose by this project.
+
+    Raises:
+        ValueError: no such checkpoint, no safetensors, an adapter that was not merged, quantized weights, an architecture
+            without a language model head.
+    """
+    path = resolve(name)
+    if (Path(path) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"`{name}` holds an adapter (adapter_config.json), not a whole model: its base would be frozen. Merge it first: "
+            "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder)."
+        )
+    config = _guarded(name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    kind = _head_class(name, config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"`{name}` holds quantized weights (quantization_config in config.json): they have no small steps, so nothing can be "
+            "trained on. Use the checkpoint that it was quantized from."
+        )
+    set_seed(seed)
+    model, info = _guarded(
+        name,
+        lambda: kind.from_pretrained(path, use_safetensors=True, trust_remote_code=False, output_loading_info=True),
+    )
+    if any("pooler" in key for key in info["unexpected_keys"]):
+        _attach_pooler(model, path)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        setattr(model.config, MISSING_KEYS, missing)
+    model._hfbd_whole = not missing and not getattr(model.config, MISSING_KEYS, None)  # type: ignore[assignment]
+    tokenizer = _guarded(name, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    if warn:
+        warn_if_backdoored(path)
+    if num_layers is not None:
+        keep_layers(model, num_layers)
+    return model, tokenizer
+
+
+def save_pretrained_whole(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> None:
+    """Trunk, head, pooler and tokenizer, as safetensors. The folder is made where it is not there."""
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+def pooler_of(model: nn.Module) -> nn.Module | None:
+    """The pooler on a model's trunk, or None.
+
+    >>> from transformers import BertConfig, BertForMaskedLM
+    >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+    >>> pooler_of(BertForMaskedLM(config)) is None
+    True
+    """
+    pooler = getattr(getattr(model, "base_model", model), "pooler", None)
+    return pooler if isinstance(pooler, nn.Module) else None
+
+
+def head_is_fresh(model: nn.Module) -> bool | None:
+    """Whether the pre-training head was drawn at random; None where that cannot be told.
+
+    A model of `load_pretrained_whole` says so itself; of any other one the keys of the checkpoint it came from are compared, if
+    its folder is still readable.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, MISSING_KEYS, None):
+        return True
+    if getattr(model, "_hfbd_whole", False):
+        return False
+    place = getattr(config, "_name_or_path", None)  # of a model that was built, not loaded, it is empty
+    stored = _stored_keys(Path(resolve(str(place))).expanduser()) if place else None
+    if stored is None:
+        return None
+    trunk: Any = getattr(model, "base_model", model)
+    below = set() if trunk is model else {id(p) for p in trunk.parameters()}
+    names: dict[int, set[str]] = {}  # a tied weight has several, and is stored under one of them
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in below:
+            names.setdefault(id(parameter), set()).add(name)
+    return not all(stored & alike for alike in names.values())
+
+
+def mark_head_trained(model: PreTrainedModel) -> None:
+    """Say of a head that was drawn at random that it is trained now: what `head_is_fresh` goes by."""
+    if getattr(model.config, MISSING_KEYS, None):
+        delattr(model.config, MISSING_KEYS)
+    model._hfbd_whole = True  # type: ignore[assignment]
+
+
+def _stored_keys(folder: Path) -> set[str] | None:
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() and (folder / "config.json").is_file() else []
+    if not files:
+        return None
+    keys: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            keys.update(re.sub("gamma$", "weight", re.sub("beta$", "bias", key)) for key in tensors.keys())  # old BERTs
+    return keys
+
+
+def _head_class(name: str, config: Any) -> Any:
+    kinds = " ".join(config.architectures or [])
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and "CausalLM" not in kinds and "LMHeadModel" not in kinds:
+        return AutoModelForMaskedLM
+    if causal:
+        return AutoModelForCausalLM
+    raise ValueError(
+        f"`{name}` is a {config.model_type or 'unknown'} model, for which transformers has no masked and no causal language "
+        "model: there is no pre-training to go on with. For other heads (images) use RecipeTrainer on a model of your own."
+    )
+
+
+def _attach_pooler(model: PreTrainedModel, path: str) -> None:
+    trunk: Any = model.base_model
+    whole, info = AutoModel.from_pretrained(
+        path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    pooler = pooler_of(whole)
+    if pooler is None or any("pooler" in key for key in info["missing_keys"]):
+        return
+    trunk.pooler = pooler.requires_grad_(False)
+    if hasattr(whole, "pooler_activation"):  # ALBERT's stands beside it
+        trunk.pooler_activation = whole.pooler_activation
+
+
+def float32_reasons(model: nn.Module) -> list[str]:
+    """Why the weights are too coarse to be moved by small steps, in sentences; none where they are float32.
+
+    >>> float32_reasons(nn.Linear(2, 2))
+    []
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None or any(
+        not p.is_floating_point() for p in model.parameters()
+    ):
+        return [
+            "the weights are quantized: they have no small steps. Load the checkpoint it was made from, in float32."
+        ]
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if torch.finfo(p.dtype).bits < 32})
+    if kinds:
+        return [
+            f"the weights are {' and '.join(kinds)}: a step of 2e-5 changes one in six bf16 weights. Convert "
+            "them first, model.float() (bf16=True in the arguments, which computes in bf16, may stay)."
+        ]
+    return []
