@@ -55,6 +55,7 @@ def run_grid(
     parser = argparse.ArgumentParser(prog=f"benchmarks.{name}")
     parser.add_argument("--only", choices=[cell.setting for cell in cells], help="run one cell")
     parser.add_argument("--extended", action="store_true", help="run the extended cells too")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="run these seeds")
     parser.add_argument("--shard", default="1/1", help="i/n: every n-th cell and seed, from the i-th on")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.jsonl", help="where the records go")
     args = parser.parse_args()
@@ -65,7 +66,7 @@ def run_grid(
     path = args.output
     chosen = [c for c in cells if (args.only == c.setting if args.only else args.extended or not c.extended)]
     # Seeds outside: a stopped grid has every cell once before any twice.
-    for cell, seed in [(cell, seed) for seed in seeds for cell in chosen][index - 1 :: count]:
+    for cell, seed in [(cell, seed) for seed in args.seeds for cell in chosen][index - 1 :: count]:
         if cell.needs is not None and not cell.needs.exists():
             print(f"{cell.setting}: skipped, its data is not here (it is not part of the package)")
             continue

@@ -128,15 +128,16 @@ def suggested_rate(source: Path, objective: RECIPE, *, texts: int = TEXTS, epoch
     return objective.suggest_learning_rate(model, epochs * -(-rows // 32))
 
 
-def checkpoints(attack: str, seed: int, recipe: dict[str, Any]) -> dict[str, Callable[[], Path]]:
+def checkpoints(attack: str, seed: int, recipe: dict[str, Any], texts: int = TEXTS) -> dict[str, Callable[[], Path]]:
     """How the checkpoint of each arm is made, in the order of the table."""
     poisoned = partial(poisoned_encoder, attack, seed)
-    base = RUNS / f"{attack}-{seed}-arms"
+    changed = [f"{k}-{v}" for k, v in sorted(recipe.items())] + ([] if texts == TEXTS else [f"texts-{texts}"])
+    base = RUNS / "-".join([attack, str(seed), "arms", *changed])
     trains = {k: v for k, v in recipe.items() if k in ("trainable", "targets")}
 
     def trained(name: str, objective: RECIPE, source: Callable[[], Path]) -> Path:
-        rate = suggested_rate(source(), RECIPE(**recipe))
-        return purified(source(), base / name, objective, rate=rate, seed=seed)
+        rate = suggested_rate(source(), RECIPE(**recipe), texts=texts)
+        return purified(source(), base / name, objective, rate=rate, seed=seed, texts=texts)
 
     def round_trip(name: str, pooler: bool) -> Path:
         def make(folder: Path) -> None:
@@ -152,8 +153,9 @@ def checkpoints(attack: str, seed: int, recipe: dict[str, Any]) -> dict[str, Cal
             model, tokenizer = load_pretrained_whole(str(poisoned()), warn=False)
             texts = defender_texts()
             kept, seen = texts[: len(texts) // 2], texts[len(texts) // 2 :]
-            batches = [dict(tokenizer(seen[i : i + 64], padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"))
-                       for i in range(0, len(seen), 64)]  # fmt: skip
+            parts = [seen[i : i + 64] for i in range(0, len(seen), 64)]
+            options = {"padding": True, "truncation": True, "max_length": MAX_LENGTH, "return_tensors": "pt"}
+            batches = [dict(tokenizer(part, **options)) for part in parts]
             done = prune_dormant_units(model.base_model, batches, lambda: held_out_loss(model, tokenizer, kept).loss)  # type: ignore[arg-type]
             about = {"share": done.share, "units": done.units, "losses": {str(k): v for k, v in done.losses.items()}}
             _save(model, tokenizer, folder, about, publisher_texts()[1])
@@ -181,7 +183,7 @@ def recipe_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]
     victim = Downstream(
         task=str(DATA / options["task"]), triggers=triggers, control_words=(CONTROL_WORD,), **options.get("victim", {})
     )
-    makers = checkpoints(attack, purification, options.get("recipe", {}))
+    makers = checkpoints(attack, purification, options.get("recipe", {}), options.get("texts", TEXTS))
     makers = {name: make for name, make in makers.items() if name in ("clean_reference", *options.get("arms", ARMS))}
     steps = Steps(len(makers))
     cache = RUNS / "downstream" / f"{options['task']}-{attack}"
@@ -243,6 +245,23 @@ def cell(setting: str, options: dict[str, Any], *, extended: bool = True) -> Cel
 
 CELLS = [
     cell("POR, SST-2", {"attack": "por", "task": "sst2"}, extended=False),
+    *(
+        cell(
+            f"POR, SST-2, dose {dose:.2f}",
+            {"attack": "por", "task": "sst2", "recipe": {"dose": dose}, "arms": ("recipe",)},
+        )
+        for dose in (0.3, 0.6, 1.9, 2.5)
+    ),
+    cell(
+        "POR, SST-2, all weights, 3000 texts",
+        {
+            "attack": "por",
+            "task": "sst2",
+            "texts": 3000,
+            "recipe": {"trainable": "all"},
+            "arms": ("pretraining", "recipe"),
+        },
+    ),
     cell("NeuBA, SST-2", {"attack": "neuba", "task": "sst2"}),
     cell("BadPre, SST-2", {"attack": "badpre", "task": "sst2"}),
     cell("POR, AG News", {"attack": "por", "task": "ag_news"}),

@@ -54,6 +54,7 @@ def blocks() -> dict[tuple[str, str], str]:
         ("README.md", "recipe"): tables_recipe.short_table(tables_recipe.recipe_records()),
         ("docs/choosing.md", "recipe"): tables_recipe.full_tables(tables_recipe.recipe_records()),
         ("docs/choosing.md", "recipe_step"): tables_recipe.step_table(),
+        ("docs/log.md", "recipe_search"): tables_recipe.search_table(),
     }
 
 

@@ -1,4 +1,4 @@
-"""The tables of RECIPE and what they say of its goals, rendered from results/recipe.jsonl and recipe_step.jsonl.
+"""The tables of RECIPE and what they say of its goals, rendered from results/recipe.jsonl, recipe_step and recipe_search.
 
 A record's setting is "CELL[: variant][: trigger]", the trigger for `asr` alone; a cell "…, dose 0.60" belongs to the plot.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.grid import RESULTS
-from benchmarks.tables_filters import grid, interval, mean, measured_at, pick
+from benchmarks.tables_filters import by_seed, grid, interval, mean, measured_at, pick
 from hf_backdoor_defense.evaluation.metrics import Estimate, mean_over_seeds
 from hf_backdoor_defense.reporting.plots import plot_dose
 from hf_backdoor_defense.reporting.results import Record, read_records
@@ -158,6 +158,20 @@ def step_table() -> str:
         about = f"{any_record.dataset}, {setting}; {measured_at(list(last.values()))}"
         parts.append(f"{table}\n\n{'; '.join(verdicts)}. {about}")
     return "\n\n".join(parts)
+
+
+def search_table() -> str:
+    """Settings tried on the clean encoder: accuracy by seed, held-out loss, dose, norms."""
+    records = _read("recipe_search")
+    if not records:
+        return NOT_RUN.format("search-recipe")
+    seeds, rows = sorted({r.seed for r in records}), []
+    for setting in dict.fromkeys(r.setting for r in records):
+        found = pick(records, setting=setting)
+        rest = [mean(pick(found, metric=metric), 2) for metric in ("loss", "dose", "norm_ratio")]
+        rows.append([setting, by_seed(pick(found, metric="ca"), seeds, 3).replace("n/u", "–"), *rest])
+    table = grid(["setting", "CA by seed, validation rows", "held-out loss", "dose", "norms left"], rows)
+    return f"{table}\n\nSeeds {', '.join(map(str, seeds))} of the victim. {measured_at(records)}"
 
 
 def _read(name: str) -> list[Record]:

@@ -7,6 +7,8 @@ credit. What is loaded here keeps it, frozen; it must be loaded here again, sinc
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +64,19 @@ def load_pretrained_whole(
             "trained on. Use the checkpoint that it was quantized from."
         )
     set_seed(seed)
-    model, info = _guarded(
-        name,
-        lambda: kind.from_pretrained(path, use_safetensors=True, trust_remote_code=False, output_loading_info=True),
-    )
-    if any("pooler" in key for key in info["unexpected_keys"]):
-        _attach_pooler(model, path)
+    with _no_loading_reports():
+        model, info = _guarded(
+            name,
+            lambda: kind.from_pretrained(path, use_safetensors=True, trust_remote_code=False, output_loading_info=True),
+        )
+        if any("pooler" in key for key in info["unexpected_keys"]):
+            _attach_pooler(model, path)
     missing = sorted(info["missing_keys"])
     if missing:
         setattr(model.config, MISSING_KEYS, missing)
+        logger.warning(
+            "%s: %d weights were drawn at random, first %s (warm_up_mlm_head)", name, len(missing), missing[0]
+        )
     model._hfbd_whole = not missing and not getattr(model.config, MISSING_KEYS, None)  # type: ignore[assignment]
     tokenizer = _guarded(name, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     if warn:
@@ -154,6 +160,18 @@ def _head_class(name: str, config: Any) -> Any:
         f"`{name}` is a {config.model_type or 'unknown'} model, for which transformers has no masked and no causal language "
         "model: there is no pre-training to go on with. For other heads (images) use RecipeTrainer on a model of your own."
     )
+
+
+@contextmanager
+def _no_loading_reports() -> Iterator[None]:
+    """The library's table calls a pooler unexpected that is attached here all the same."""
+    reports = logging.getLogger("transformers.modeling_utils")
+    level = reports.level
+    reports.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reports.setLevel(level)
 
 
 def _attach_pooler(model: PreTrainedModel, path: str) -> None:

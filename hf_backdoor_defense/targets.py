@@ -1,4 +1,4 @@
-"""Which weight matrices a method presses down, by architecture: the up-projections of the feed-forward blocks, and what papers add.
+"""Which weight matrices a method presses down, by architecture: up-projections of feed-forward blocks, and what papers add.
 
 | architecture | matrices | source |
 |---|---|---|
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-# Architecture -> regular expressions for names of weights. The paper's: BERT, RoBERTa, ViT, CLIP. The others were never published.
+# Architecture -> regular expressions for names of weights.
 _BERT_UP = r"\.layer\.\d+\.intermediate\.dense\.weight$"
 _VISION = (
     r"layers?\.\d+\.(mlp\.)?fc[12]\.weight$",
@@ -48,8 +48,8 @@ def target_weights(model: nn.Module, targets: str | Sequence[str] = "auto") -> d
     """The matrices to press down, by name, in the model's order. Empty where nothing matches.
 
     Args:
-        targets: "auto" for the architecture's preset; an architecture's name for that one; or regular expressions, searched in names of
-            parameters.
+        targets: "auto" for the architecture's preset; an architecture's name for that one; or regular expressions, searched in
+            names of parameters.
 
     Raises:
         ValueError: no preset for the architecture; no such preset; something that is no regular expression.
@@ -80,8 +80,9 @@ def _patterns(model: nn.Module, targets: str | Sequence[str]) -> tuple[str, ...]
     kind = getattr(getattr(model, "config", None), "model_type", None) if targets == "auto" else targets
     if kind not in TARGETS:
         raise ValueError(
-            f"There is no preset of targets for {kind or 'a model without a model_type'} (there is one for {', '.join(TARGETS)}). Give "
-            "`targets` as a list of regular expressions over the names of its parameters: the up-projections of its feed-forward blocks."
+            f"There is no preset of `targets` for {kind or 'a model without a model_type'} (known: {', '.join(TARGETS)}). "
+            "Give `targets` as a list of regular expressions over the names of its parameters, for the up-projections of its "
+            "feed-forward blocks."
         )
     return TARGETS[str(kind)]
 

@@ -6,8 +6,8 @@
 | head | the head's transform and bias; trunk and embeddings frozen, without dropout | 1e-3 | 2 |
 | joint | everything but the pooler | 1e-4 | 3 |
 
-AdamW without decay, 20 updates of warm-up, linear to 0, batches of 32, texts of 64 tokens. Without this the pre-training loss of a
-sentence encoder is noise: its head would be drawn at random. The result is a pretrained model like any other.
+AdamW without decay, 20 updates of warm-up, linear to 0, batches of 32, texts of 64 tokens. Without this the pre-training loss of
+a sentence encoder is noise: its head would be drawn at random. The result is a pretrained model like any other.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from hf_backdoor_defense.data.plain_text import mask_once, tokenize_texts
 from hf_backdoor_defense.models import tensors_sha256, weights_sha256
+from hf_backdoor_defense.objectives import Step
 from hf_backdoor_defense.pretrained import (
     MISSING_KEYS,
     load_pretrained_whole,
@@ -37,7 +38,6 @@ from hf_backdoor_defense.pretrained import (
 from hf_backdoor_defense.trainers.heads import loss_kind
 from hf_backdoor_defense.trainers.labeled import at_labels, trunk_of
 from hf_backdoor_defense.trainers.pretraining import pretraining_trainer
-from hf_backdoor_defense.objectives import Step
 
 RECORD_NAME = "warm_up.json"
 HELD_OUT_SEED = 1
@@ -47,8 +47,8 @@ GATE = 1.0
 
 @dataclass(frozen=True)
 class MaskedLoss:
-    """Mean cross-entropy (nats) and accuracy over `n` masked tokens of held-out texts; `unigram`: the loss of the tokens' frequencies
-    in the training texts, None where those are unknown."""
+    """Mean cross-entropy (nats) and accuracy over `n` masked tokens of held-out texts; `unigram`: the loss of the tokens'
+    frequencies in the training texts, None where those are unknown."""
 
     loss: float
     accuracy: float

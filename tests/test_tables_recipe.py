@@ -156,7 +156,12 @@ def test_what_was_not_run_says_how_to_run_it(tmp_path, monkeypatch):
     monkeypatch.setattr(tables_recipe, "RESULTS", tmp_path)
     assert tables_recipe.recipe_records() == []
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
-    for text in (tables_recipe.short_table([]), tables_recipe.full_tables([]), tables_recipe.step_table()):
+    for text in (
+        tables_recipe.short_table([]),
+        tables_recipe.full_tables([]),
+        tables_recipe.step_table(),
+        tables_recipe.search_table(),
+    ):
         assert re.fullmatch(r"Not run yet: `make ([\w-]+)`\.", text)[1] in targets
 
 
@@ -181,3 +186,20 @@ def test_the_last_measurement_of_a_step_counts_and_is_judged(tmp_path, monkeypat
     )
     assert table(text, "")["the default"]["÷ the paper's way"] == "0.30"
     assert np.isclose(float(table(text, "")["the penalty and its gradients alone"]["÷ AdamW"]), 0.2)
+
+
+def test_every_setting_of_the_search_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables_recipe, "RESULTS", tmp_path)
+    settings = {"clean encoder": (100, 101), "dose 1.25, all": (100,)}
+    append_records(
+        tmp_path / "recipe_search.jsonl",
+        [
+            Record("recipe_search", "sst2", "m", "none", "recipe", setting, seed, metric, value)
+            for setting, seeds in settings.items()
+            for seed in seeds
+            for metric, value in (("ca", seed / 125), ("loss", 4.5))
+        ],
+    )
+    rows = table(tables_recipe.search_table(), "setting")
+    assert [row["CA by seed, validation rows"] for row in rows.values()] == ["0.800 · 0.808", "0.800 · –"]
+    assert list(rows) == list(settings) and rows["clean encoder"]["held-out loss"] == "4.50"

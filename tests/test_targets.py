@@ -131,7 +131,7 @@ def test_patterns_of_ones_own_take_matrices_only():
     assert "['nowhere']" in said and "bert.encoder.layer.0.attention.output.dense.weight" in said
 
 
-@pytest.mark.parametrize(("targets", "message"), [("bret", "no preset of targets for bret"), (["a", "("], r"'\('")])
+@pytest.mark.parametrize(("targets", "message"), [("bret", "no preset of `targets` for bret"), (["a", "("], r"'\('")])
 def test_what_is_no_preset_and_no_pattern(targets, message):
     with pytest.raises(ValueError, match=message):
         target_weights(BertForMaskedLM(BertConfig(**S)), targets)

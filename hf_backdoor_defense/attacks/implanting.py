@@ -1,8 +1,8 @@
 """Planting a backdoor in a pretrained model: data, training, and whether it took, before anyone fine-tunes it.
 
-| figure | what it is | an attack that took |
+| figure | what it is | where it took |
 |---|---|---|
-| `target_mse` | mean over triggers of MSE(h(x⊕t_k), v_k) on held-out texts | well below its start; the last LayerNorm is a bound |
+| `target_mse` | mean over triggers of MSE(h(x⊕t_k), v_k) on held-out texts | well below its start, if LayerNorm lets it |
 | `sign_agreement` | share of entries of h(x⊕t_k) with the sign of v_k | near 1 |
 | `clean_drift` | MSE of h(x) to the model before the attack | near 0 |
 
@@ -146,7 +146,7 @@ def planted(
     *,
     max_length: int,
 ) -> dict[str, float]:
-    """The figures of the module's table; for BadPre, which has no targets, the drift. `reference`: [texts, hidden], the clean model's."""
+    """The module's figures; of BadPre, which has no targets, the drift. `reference`: [texts, hidden], the clean model's."""
     plain = _ids(tokenizer, texts, max_length)
     figures = {"clean_drift": (_states(model, tokenizer, plain, attack) - reference).square().mean().item()}
     if isinstance(attack, BadPreAttack):

@@ -55,7 +55,7 @@ def layer_head_reasons(model: Any) -> list[str]:
 
 
 def ask_for_hidden_states(model: nn.Module) -> Any:
-    """Make every forward in training return hidden states, until the handle's `remove()`. An evaluation would gather them for all rows.
+    """Make every forward in training return hidden states, until the handle's `remove()`. An evaluation would gather all rows'.
 
     >>> ask_for_hidden_states(nn.Linear(1, 1)).remove()
     """

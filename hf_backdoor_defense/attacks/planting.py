@@ -74,7 +74,7 @@ def pairs(
 ) -> Dataset:
     """Rows of two texts: the first half of `texts` gets triggers in equal shares, the second half stays clean.
 
-    A row is a pair so that every batch, however it is cut, holds as many triggered as clean texts. A pair whose trigger is cut off
+    A row is a pair so that every batch, however it is cut, holds as many triggered as clean texts. One whose trigger is cut off
     at `max_length` is left out: it would draw plain texts to the target.
 
     Returns:

@@ -8,8 +8,8 @@
 | u | a unit of some block's up-projection | [blocks · intermediate] |
 | W_u, b_u | its row and its bias, set to 0 to cut it | [hidden], scalar |
 
-A unit that is cut is 0 for every input, as the activation function of 0 is (GELU, ReLU). Fine-tuning may grow it again. The idea is
-that a backdoor hides in units that clean inputs leave asleep.
+A unit that is cut is 0 for every input, as the activation function of 0 is (GELU, ReLU). Fine-tuning may grow it again. The idea
+is that a backdoor hides in units that clean inputs leave asleep.
 
 Source: fine-pruning, arXiv 1805.12185; for pretrained encoders, pruned over all layers by mean activation, a baseline of
 doi 10.1162/tacl_a_00622. Which share that paper cuts is not known; here held-out text decides, never a trigger.
@@ -53,15 +53,15 @@ def prune_dormant_units(
         ValueError: no feed-forward blocks of the BERT family; no batches; a step or tolerance that is no share.
 
     >>> from transformers import BertConfig, BertModel
-    >>> model = BertModel(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     >>> batch = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 1]])}
-    >>> prune_dormant_units(model, [batch], loss=lambda: 2.0, step=0.25)
+    >>> prune_dormant_units(BertModel(config), [batch], loss=lambda: 2.0, step=0.25)
     Pruned(share=0.75, units=6, losses={0.0: 2.0, 0.25: 2.0, 0.5: 2.0, 0.75: 2.0})
     """
     if not 0 < step < 1 or not 0 <= tolerance:
         raise ValueError(
-            f"`step` must be in (0, 1) and `tolerance` at least 0, got {step} and {tolerance}: they are shares of the units and of "
-            "the loss. Use 0.05 and 0.1."
+            f"`step` must be in (0, 1) and `tolerance` at least 0, got {step} and {tolerance}: they are shares of the units and "
+            "of the loss. Use 0.05 and 0.1."
         )
     blocks: dict[str, Any] = {
         name: module
@@ -70,8 +70,8 @@ def prune_dormant_units(
     }
     if not blocks or not batches:
         raise ValueError(
-            f"Fine-pruning needs feed-forward blocks of the BERT family (`intermediate.dense`) and batches of text, got {len(blocks)} "
-            f"blocks in {type(model).__name__} and {len(batches)} batches. Use another baseline for this model."
+            f"Fine-pruning needs feed-forward blocks of the BERT family (`intermediate.dense`) and batches of text, got "
+            f"{len(blocks)} blocks in {type(model).__name__} and {len(batches)} batches. Use another baseline for this model."
         )
     activations = _mean_activations(model, blocks, batches)
     order = torch.argsort(torch.cat(list(activations.values())))

@@ -63,7 +63,7 @@ class RECIPE(Objective):
     name = "recipe"
     takes_hidden = True  # it reads no scores
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # The authors' run on BERT: also static masks, texts padded to 64, rate 2e-5, 8 epochs of 20,000 texts (data and arguments).
+        # The authors' run on BERT. Static masks, texts padded to 64, rate 2e-5, 8 epochs of 20,000 texts are data and arguments.
         "paper": {"coef": 1.0, "targets": "bert", "trainable": "targets"},
     }
 
@@ -142,8 +142,8 @@ class RECIPE(Objective):
                 )
         if args.weight_decay and not reasons:
             logger.warning(
-                "recipe: weight_decay is %g, and decay shrinks all weights by another law than the penalty. Set it to 0 to measure "
-                "RECIPE alone.",
+                "recipe: weight_decay is %g, and decay shrinks all weights by another law than the penalty. Set it to 0 "
+                "to measure RECIPE alone.",
                 args.weight_decay,
             )
         return reasons
@@ -152,8 +152,8 @@ class RECIPE(Objective):
         kind = getattr(model, "loss_type", None) or ("ForCausalLM" if "LMHead" in type(model).__name__ else None)
         if kind not in _PRETRAINING:
             return [
-                f"{type(model).__name__} has no pre-training head: RECIPE cleans a model before it is fine-tuned, with the loss it was "
-                "pre-trained on. Load the checkpoint with load_pretrained_whole."
+                f"{type(model).__name__} has no pre-training head: RECIPE cleans a model before it is fine-tuned, "
+                "with the loss it was pre-trained on. Load the checkpoint with load_pretrained_whole."
             ]
         fresh = head_is_fresh(model)
         if fresh:
@@ -165,8 +165,8 @@ class RECIPE(Objective):
             ]
         if fresh is None and not self.allow_unknown_head:
             return [
-                "nobody can tell whether the pre-training head was trained: the checkpoint it came from cannot be read. Load it with "
-                "load_pretrained_whole, or set allow_unknown_head=True if you know."
+                "nobody can tell whether the pre-training head was trained: the checkpoint it came from cannot be read. Load it "
+                "with load_pretrained_whole, or set allow_unknown_head=True if you know."
             ]
         return []
 
@@ -237,8 +237,8 @@ class RECIPE(Objective):
         if self.coef and dose < LITTLE:
             rate = 2 * self.dose * self._std / max(state.global_step, 1)
             logger.warning(
-                "recipe: the dose was %.2f (sum of rates %.4f over std %.4f), which is expected to do next to nothing. A rate of %.1e over "
-                "these %d updates would give %.2f.",
+                "recipe: the dose was %.2f (sum of rates %.4f over std %.4f), which is expected to do next to nothing. "
+                "A rate of %.1e over these %d updates would give %.2f.",
                 dose, self._sum_lr, self._std, rate, state.global_step, self.dose,
             )  # fmt: skip
 
@@ -271,7 +271,8 @@ class RECIPE(Objective):
         if not self._names:
             return "it was never trained"
         if self._ratio() > 0.995:
-            return f"the norms are {self._ratio():.1%} of what they were: the dose of {self._dose():.2f} was too small"
+            why = "was too small" if self._dose() < LITTLE else "lost to the pre-training loss"
+            return f"the norms are {self._ratio():.1%} of what they were: the dose of {self._dose():.2f} {why}"
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -295,6 +296,7 @@ class PenaltyOnly(RECIPE):
     """
 
     name = "penalty_only"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def loss(self, step: Step) -> Tensor:
         """[n_valid] zeros, with gradients of zero: data parallelism waits for the gradient of every weight that trains."""

@@ -41,7 +41,10 @@ class AttackArguments:
     limit: int | None = _option(None, "attacker and victim train on at most this many rows each (stratified)")
     max_length: int = _option(128, "tokens per text; fewer where an adapter takes positions")
     num_layers: int | None = _option(None, "keep only the first layers of the encoder")
-    attack: str = _option("badnets", f"how the base is poisoned: {', '.join(KINDS)}")
+    attack: str = _option(
+        "badnets",
+        f"how the base is poisoned: {', '.join(KINDS)}; on pretrained models (--attack por --help): por, neuba, badpre",
+    )
     trigger: str | None = _option(None, "trigger text: words separated by commas, or a sentence (insent)")
     poison_rate: float = _option(0.1, "poisoned share of the attacker's rows")
     target: int = _option(0, "the class the attacker wants")

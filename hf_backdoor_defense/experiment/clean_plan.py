@@ -26,7 +26,7 @@ from datasets import Dataset
 
 from hf_backdoor_defense.adapters import room
 from hf_backdoor_defense.data.plain_text import load_texts, mask_once, tokenize_texts
-from hf_backdoor_defense.defenses.recipe import RECIPE, target_weights
+from hf_backdoor_defense.defenses.recipe import RECIPE
 from hf_backdoor_defense.experiment.clean import CleanArguments
 from hf_backdoor_defense.experiment.plan import check_folder
 from hf_backdoor_defense.functional.weights import predicted_norm_ratio
@@ -39,6 +39,7 @@ from hf_backdoor_defense.pretrained import (
     mark_head_trained,
     pooler_of,
 )
+from hf_backdoor_defense.targets import target_weights
 from hf_backdoor_defense.trainers.heads import loss_kind
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.pretraining import language_collator, pretraining_trainer
@@ -47,11 +48,13 @@ from hf_backdoor_defense.trainers.pretraining import language_collator, pretrain
 _NOT_IDENTITY = {"output_dir", "disable_tqdm", "dry_run", "model_name", "text", "text_column", "limit", "warm_up"}
 FEWEST_TEXTS = 32
 FEW_TEXTS = 1000  # the fewest that the paper cleaned with
+FEW_UPDATES = 100  # below, the rate that reaches a dose moves a weight by several percent of std(W) at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a training before it starts. `matrices`: how many by name, layers left open; `trainable` of `parameters`."""
+    """What is known of a training before it starts. `matrices`: how many by name, layers left open; `trainable`: of `parameters`,
+    those that change."""
 
     architecture: str
     parameters: int
@@ -95,6 +98,7 @@ class CleanPlan:
         suggested = "" if run.learning_rate else f", which gives a dose of {method.dose:g}"
         few = f"; few: the paper took {FEW_TEXTS:,} to 20,000" if len(self.texts) < FEW_TEXTS else ""
         masks = "masks drawn once, padded" if run.static_masks else "masks drawn anew"
+        hurried = "; few updates at a high rate: more text or --epochs" if facts.steps < FEW_UPDATES else ""
         penalty = (
             f"the norms alone would go to {facts.norm_ratio:.2f} of what they are"
             if method.coef
@@ -111,7 +115,7 @@ class CleanPlan:
             ("text", f"{run.text}: {len(self.texts)} texts to train on, {len(self.held_out)} held out, cut at {run.max_length} "
                      f"tokens{few}"),
             ("training", f"{run.epochs:g} epochs, {facts.steps} updates of {run.batch_size} texts, {masks}; rate "
-                         f"{facts.learning_rate:.3g}{suggested}, linear to 0"),
+                         f"{facts.learning_rate:.3g}{suggested}, linear to 0{hurried}"),
             ("expected", f"dose {facts.dose:.2f}; {penalty}"),
             ("run folder", run.output_dir),
         ]  # fmt: skip
@@ -151,7 +155,7 @@ def split_texts(texts: list[str], share: float) -> tuple[list[str], list[str]]:
     """Texts to train on, and about `share` of them held out, each in their order; equal texts lie on one side.
 
     >>> [len(part) for part in split_texts([str(i) for i in range(1000)], 0.1)]
-    [900, 100]
+    [902, 98]
     """
     parts: tuple[list[str], list[str]] = ([], [])
     for text in texts:
@@ -232,7 +236,8 @@ def _facts(
         reasons.append("with --warm_up true this command trains the missing head first, on the same text.")
     if coarse:
         reasons.append(
-            "a float32 copy: model, tokenizer = load_pretrained_whole(NAME); save_pretrained_whole(model.float(), tokenizer, FOLDER)."
+            "for a float32 copy: model, tokenizer = load_pretrained_whole(NAME); save_pretrained_whole(model.float(), tokenizer, "
+            "FOLDER)."
         )
     if reasons:
         raise ValueError(f"`{run.model_name}` cannot be cleaned:\n" + "\n".join(f"- {reason}" for reason in reasons))

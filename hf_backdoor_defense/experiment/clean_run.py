@@ -178,8 +178,10 @@ def failures(plan: CleanPlan, training: dict[str, Any]) -> list[str]:
     activity, inert = training["method"]["activity"], training["method"]["inert"]
     if inert is None and activity["dose"] >= LITTLE:
         return []
-    rate = training["learning_rate"] * plan.method.dose / activity["dose"] if activity["dose"] else None
-    way = "" if rate is None else f" --learning_rate {rate:.2g} would give {plan.method.dose:g} over these updates."
+    rate = training["learning_rate"] * plan.method.dose / activity["dose"] if activity["dose"] else 0.0
+    way = f" --learning_rate {rate:.2g} would give {plan.method.dose:g} over these updates."
+    if activity["dose"] >= LITTLE or not rate:
+        way = " Give it more updates: more text, or more --epochs."
     reason = inert or f"the dose was {activity['dose']:.2f}, and below {LITTLE:g} it is expected to do next to nothing"
     return [f"INERT: {plan.run.method}: {reason}.{way}"]
 
@@ -194,7 +196,7 @@ def verdict(plan: CleanPlan, training: dict[str, Any]) -> str:
         else f"After plain continued pre-training, the control, {norms}"
     )
     return (
-        f"{did}; held-out loss {loss['before']['loss']:.2f} -> {loss['after']['loss']:.2f} nats over {loss['after']['n']} tokens. "
-        "That says nothing about triggers: fine-tune the model on your task and measure it there (hfbd train, then hfbd eval "
-        "with --simulate)."
+        f"{did}; held-out loss {loss['before']['loss']:.2f} -> {loss['after']['loss']:.2f} nats over {loss['after']['n']} "
+        "tokens. That says nothing about triggers: fine-tune the model on your task and measure it there (hfbd train, then hfbd "
+        "eval with --simulate)."
     )

@@ -53,7 +53,7 @@ class Downstream:
     disable_tqdm: bool = False
     text_column: str = "text"
     label_column: str = "label"
-    _loaded: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    _loaded: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def rows(self) -> tuple[Dataset, Dataset, list[str]]:
         """Training rows, test rows, names of the classes. Raises ValueError as `data.load`."""
@@ -68,7 +68,8 @@ class Downstream:
 
     def settings(self) -> dict[str, Any]:
         """Everything that changes a number, as JSON has it, for a run folder's identity."""
-        names = [f.name for f in fields(self) if f.name not in ("task", "triggers", "control_words", "disable_tqdm", "_loaded")]
+        apart = ("task", "triggers", "control_words", "disable_tqdm", "_loaded")
+        names = [f.name for f in fields(self) if f.name not in apart]
         words = {"triggers": list(self.triggers), "control_words": list(self.control_words)}
         return {"task": Path(self.task).name, **words, **{name: getattr(self, name) for name in names}}
 
@@ -153,11 +154,12 @@ def kept_predictions(
 
     about, arrays = steps.kept(folder, title, make)
     theirs, ours = about.get("victim", {}), victim.settings()
-    differs = [f"{name}: {theirs[name]}, now {ours[name]}" for name in theirs.keys() & ours.keys() if theirs[name] != ours[name]]
+    changed = sorted(name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name])
+    differs = [f"{name}: {theirs[name]}, now {ours[name]}" for name in changed]
     if differs:
         raise ValueError(
-            f"{folder} holds the predictions of another victim ({'; '.join(sorted(differs))}): they say nothing of this one. Give "
-            "each victim a `cache` of its own."
+            f"{folder} holds the predictions of another victim ({'; '.join(differs)}): they say nothing of this one. "
+            "Give each victim a `cache` of its own."
         )
     return about, arrays
 

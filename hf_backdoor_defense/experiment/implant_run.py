@@ -55,7 +55,7 @@ def execute(plan: ImplantPlan) -> Outcome:
     shutil.rmtree(plan.folder / "checkpoints", ignore_errors=True)
     training = json.loads((attacked / TRAINING_NAME).read_text())
     records = _loss_records(plan, training)
-    tables = {}
+    tables: dict[str, Any] = {}
     if plan.victim is not None:
         found, tables = _victims(plan, clean, str(attacked))
         records += found

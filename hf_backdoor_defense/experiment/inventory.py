@@ -33,7 +33,7 @@ KINDS = {
     "pretraining": "hfbd clean --method NAME: what cleans a pretrained model before fine-tuning",
     "triggers": "hfbd train --simulate NAME: attacks",
     "presets": "hfbd train --preset NAME: whole runs",
-    "attacks": "what hfbd attack poisons a base with: ripples, lwp, and weight_poisoning for badnets and insent",
+    "attacks": "hfbd attack --attack NAME (weight_poisoning: badnets, insent); por, neuba, badpre on pretrained models",
     "detectors": "what the filter of the same name trains; in a script, PSIMTrainer",
     "filters": "hfbd detect --filter NAME, hfbd attack or hfbd train --filters NAME: what looks at inputs",
 }

@@ -320,19 +320,17 @@ def plot_dose(
     ends: list[tuple[str, float, float, str]] = []  # label, x, y, color
     for metric, name, color, marker in (("ca", "CA", BLUE, "o"), ("aasr", "AASR", VERMILION, "s")):
         doses = sorted(curve)
-        axes.plot(
-            doses, [curve[x][metric].value for x in doses], marker, ls="-", color=color, lw=2.2, ms=5.5, clip_on=False
-        )
-        for x, y in points:
-            low, high = (
-                y[metric].value if b is None else min(max(b, 0.0), 1.0) for b in (y[metric].low, y[metric].high)
-            )
-            axes.plot([x, x], [low, high], color=color, linewidth=1.2, clip_on=False)
-        ends.append((f"{name} {curve[doses[-1]][metric].value:.2f}", doses[-1], curve[doses[-1]][metric].value, color))
-        for control, (x, y) in controls.items():
-            value = y[metric].value
-            axes.plot(x, value, marker, color=color, mfc="white", mew=1.5, ms=6.5, clip_on=False, zorder=3)
-            ends.append((f"{control}: {name} {value:.2f}", x, value, color))
+        line = [curve[dose][metric].value for dose in doses]
+        axes.plot(doses, line, marker, ls="-", color=color, lw=2.2, ms=5.5, clip_on=False)
+        for dose, of_dose in points:
+            e = of_dose[metric]
+            low, high = (e.value if bound is None else min(max(bound, 0.0), 1.0) for bound in (e.low, e.high))
+            axes.plot([dose, dose], [low, high], color=color, linewidth=1.2, clip_on=False)
+        ends.append((f"{name} {line[-1]:.2f}", doses[-1], line[-1], color))
+        for control, (dose, of_control) in controls.items():
+            value = of_control[metric].value
+            axes.plot(dose, value, marker, color=color, mfc="white", mew=1.5, ms=6.5, clip_on=False, zorder=3)
+            ends.append((f"{control}: {name} {value:.2f}", dose, value, color))
         value = floor[metric].value
         shade = GRAY if metric == "aasr" else color
         axes.axhline(value, color=shade, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)

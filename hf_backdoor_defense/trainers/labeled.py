@@ -9,7 +9,7 @@ With 15 % of the tokens masked the head costs, and its logits take, about a seve
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,12 @@ class LabeledOnly:
     def chooses(self, step: Step, model: nn.Module) -> bool:
         """Whether this micro-batch is scored at its labels only. `model` is the unwrapped model, with its adapters."""
         core = base_model(model)
-        if loss_kind(core) != "ForMaskedLM" or step.labels.ndim != 2 or trunk_of(core) is None or "labels" in step.inputs:
+        if (
+            loss_kind(core) != "ForMaskedLM"
+            or step.labels.ndim != 2
+            or trunk_of(core) is None
+            or "labels" in step.inputs
+        ):
             return False
         parts = (step.model, getattr(step.model, "module", None), core)
         if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts):
@@ -98,10 +103,10 @@ def only_at(core: nn.Module, kept: Tensor) -> Iterator[None]:
 
 
 def _selected(output: Any, kept: Tensor) -> Any:
-    states = output["last_hidden_state"] if isinstance(output, Mapping) else output[0]
+    states = output["last_hidden_state"] if isinstance(output, MutableMapping) else output[0]
     missing = states.shape[1] - kept.shape[1]  # virtual tokens of a prompt (peft) stand first and have no label
     chosen = states[nn.functional.pad(kept, (missing, 0)) if missing > 0 else kept][None]
-    if isinstance(output, Mapping):
+    if isinstance(output, MutableMapping):
         output["last_hidden_state"] = chosen
         return output
     return (chosen, *output[1:])

@@ -46,8 +46,8 @@ class PSIMTrainer(DefendedTrainer):
 
 
 class RecipeTrainer(DefendedTrainer):
-    """Pre-trains on with RECIPE; `defense=RECIPE(...)` sets its fields. The model comes from `load_pretrained_whole`, the rows are
-    tokenized plain text (`data.plain_text`), AdamW has no weight decay.
+    """Pre-trains on with RECIPE; `defense=RECIPE(...)` sets its fields. The model comes from `load_pretrained_whole`, the rows
+    are tokenized plain text (`data.plain_text`), AdamW has no weight decay.
 
     Without a `data_collator` a language model gets the one for its kind: masks drawn anew for every batch, or next tokens.
     `hfbd clean` does it from a file.
@@ -67,7 +67,11 @@ class RecipeTrainer(DefendedTrainer):
         defense: RECIPE | None = None,
         **kwargs: Any,
     ) -> None:
-        if data_collator is None and processing_class is not None and loss_kind(model) in ("ForMaskedLM", "ForCausalLM"):
+        if (
+            data_collator is None
+            and processing_class is not None
+            and loss_kind(model) in ("ForMaskedLM", "ForCausalLM")
+        ):
             data_collator = language_collator(model, processing_class, train_dataset)
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest,

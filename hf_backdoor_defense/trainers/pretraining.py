@@ -47,8 +47,8 @@ def language_collator(model: PreTrainedModel, tokenizer: Any, rows: Any, *, prob
     masked = loss_kind(model) == "ForMaskedLM"
     if masked and tokenizer.mask_token is None:
         raise ValueError(
-            "The tokenizer has no mask token, and the model predicts masked tokens: nothing could be masked. Use the tokenizer that "
-            "the model was pre-trained with."
+            "The tokenizer has no mask token, and the model predicts masked tokens: nothing could be masked. Use the tokenizer "
+            "that the model was pre-trained with."
         )
     return DataCollatorForLanguageModeling(tokenizer, mlm=masked, mlm_probability=probability if masked else None)
 
@@ -67,7 +67,7 @@ def pretraining_trainer(
     collator: Any = None,
     **options: Any,
 ) -> DefendedTrainer:
-    """A Trainer for further pre-training: AdamW, linear decay, no weight decay, gradients clipped at 1, batches of 32 of like length.
+    """A Trainer for further pre-training: AdamW without decay, a linear schedule, clipping at 1, batches of 32 of like length.
 
     Args:
         rows: `input_ids` and `row_id`; with `labels`, masks were drawn once (`data.plain_text.mask_once`).

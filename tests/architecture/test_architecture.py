@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_backdoor_defense.registry import ATTACKS, COMPARATORS, CONTROLS, DEFENSES, DETECTORS, FILTERS
+from hf_backdoor_defense.registry import ATTACKS, COMPARATORS, CONTROLS, DEFENSES, DETECTORS, FILTERS, PRETRAINING
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hf_backdoor_defense"
@@ -20,14 +20,17 @@ FLOORS = {
     "objectives": {"functional"},
     "filters": {"functional"},
     "models": {"functional"},
+    "targets": {"functional"},
     "adapters": {"functional", "models"},
-    "defenses": {"functional", "objectives", "filters", "models", "adapters", "defenses"},
+    "pretrained": {"functional", "models"},
 }
+FLOORS["defenses"] = {"functional", "objectives", "filters", "models", "adapters", "targets", "pretrained", "defenses"}
 FLOORS["trainers"] = FLOORS["defenses"] | {"trainers"}
 FLOORS["input_filters"] = FLOORS["trainers"] | {"input_filters"}
 FLOORS["data"] = {"data"}
+FLOORS["warm_up"] = FLOORS["trainers"] | {"data"}
 FLOORS["attacks"] = FLOORS["trainers"] | {"attacks", "data"}
-FLOORS["evaluation"] = FLOORS["attacks"] | {"evaluation", "input_filters"}
+FLOORS["evaluation"] = FLOORS["attacks"] | {"evaluation", "input_filters", "warm_up"}
 FLOORS["reporting"] = {"evaluation", "reporting"}
 FLOORS["registry"] = {"objectives", "filters"}
 FLOORS["experiment"] = FLOORS["evaluation"] | {"reporting", "experiment", "registry"}
@@ -100,7 +103,7 @@ def test_sizes_and_docstrings(path):
             assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
-@pytest.mark.parametrize("table", [DEFENSES, COMPARATORS, CONTROLS, DETECTORS, ATTACKS, FILTERS])
+@pytest.mark.parametrize("table", [DEFENSES, COMPARATORS, CONTROLS, PRETRAINING, DETECTORS, ATTACKS, FILTERS])
 def test_a_method_comes_with_all_its_touches(table):
     for name, where in table.items():
         folder, _, module = where.partition(":")[0].removeprefix("hf_backdoor_defense.").rpartition(".")

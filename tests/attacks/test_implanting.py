@@ -14,18 +14,23 @@ from tests.attacks.masked_toys import masked_lm, texts, tokenizer, whole
 HELD_OUT = texts(20, seed=9)
 
 
-def test_por_on_a_tiny_model_halves_the_target_loss_and_clean_texts_stay(tmp_path):
-    model = masked_lm()
-    attack = PORAttack(triggers=["cf", "pt"])
-    done = implant(
-        model, tokenizer(), texts(240), attack, held_out=HELD_OUT, output_dir=str(tmp_path), learning_rate=1e-2, epochs=4,
-        batch_size=16,
-    )  # fmt: skip
-    assert done.steps == 32 and done.inert is None
-    assert done.end["target_mse"] < 0.5 * done.start["target_mse"]
-    assert done.end["sign_agreement"] > 0.8 > done.start["sign_agreement"]
-    assert done.start["clean_drift"] == 0 and 0 < done.end["clean_drift"] < 0.2 * done.start["target_mse"]
-    assert done.activity == attack.activity()
+def por(folder, coef, epochs):
+    attack = PORAttack(triggers=["cf", "pt"], clean_coef=coef)
+    how = {"held_out": HELD_OUT, "output_dir": str(folder), "learning_rate": 6e-3, "epochs": epochs, "batch_size": 16}
+    return implant(masked_lm(), tokenizer(), texts(240), attack, **how)
+
+
+def test_por_halves_the_target_loss_in_thirty_updates(tmp_path):
+    done = por(tmp_path, 0.5, 4)
+    assert done.steps == 32 and done.end["target_mse"] < 0.5 * done.start["target_mse"]
+
+
+def test_por_plants_and_clean_texts_stay_because_of_its_second_term(tmp_path):
+    done, alone = por(tmp_path, 0.5, 8), por(tmp_path, 0.0, 8)
+    assert done.inert is None and alone.inert is None
+    assert done.end["target_mse"] < 0.1 * done.start["target_mse"]
+    assert done.end["sign_agreement"] > 0.95 > done.start["sign_agreement"]
+    assert done.start["clean_drift"] == 0 and done.end["clean_drift"] < 0.1 * alone.end["clean_drift"]
 
 
 def test_the_figures_by_hand():
@@ -129,8 +134,8 @@ def test_what_is_refused_before_anything_is_trained(tmp_path):
         before = model.bert.embeddings.word_embeddings.weight.clone()
         with pytest.raises(ValueError, match=message):
             implant(
-                model, tokenizer(), given or texts(), attack or NeuBAAttack(), held_out=held_out, output_dir=str(tmp_path / "run"),
-                **how,
+                model, tokenizer(), given or texts(), attack or NeuBAAttack(), held_out=held_out,
+                output_dir=str(tmp_path / "run"), **how,
             )  # fmt: skip
         assert torch.equal(before, model.bert.embeddings.word_embeddings.weight)
 

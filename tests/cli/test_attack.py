@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hf_backdoor_defense.cli.main import main
+from tests.attacks.masked_toys import texts, whole
 
 
 @pytest.fixture
@@ -82,3 +83,53 @@ def test_a_run_prints_tables_and_where_things_are(hfbd):
     assert hfbd(*options, "--base_learning_rate", 3e-3)[1].count("[1/4]") == 0
     code, _, err = hfbd(*options)
     assert code == 2 and "attack.base_learning_rate" in err
+
+
+@pytest.fixture
+def implanted(tmp_path, capsys):
+    whole(tmp_path / "base")
+    (tmp_path / "plain.txt").write_text("\n".join(texts(60)))
+
+    def call(*options, attack="por"):
+        base = ["--model_name", str(tmp_path / "base"), "--text", str(tmp_path / "plain.txt"), "--max_length", "16"]
+        base += ["--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true", "--triggers", "cf", "pt"]
+        name = [] if attack is None else ["--attack", attack]
+        code = main(["attack", *base, *name, *map(str, options)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_an_attack_on_a_pretrained_model_from_flags_or_a_file(implanted, tmp_path):
+    code, out, err = implanted("--dry_run", "true", "--place", "pooler")
+    assert code == 0 and "por: cf pt at pooler" in out and not (tmp_path / "run").exists(), err
+    (tmp_path / "run.yaml").write_text("attack: badpre\nepochs: 1\n")
+    code, out, err = implanted("--config", tmp_path / "run.yaml", attack=None)
+    assert code == 0, err
+    assert "badpre: cf pt at cls" in out and "badpre after" in out and "do not deploy" in out
+    code, out, _ = implanted("--config", tmp_path / "run.yaml", attack=None)
+    assert code == 0 and "finished before" in out
+    code, _, err = implanted("--config", tmp_path / "run.yaml", "--seed", 1, attack=None)
+    assert code == 2 and "implant.seed" in err and "other settings" in err
+
+
+def test_an_attack_that_did_not_take_exits_1(implanted):
+    code, out, _ = implanted("--epochs", 1, "--learning_rate", 1e-7)
+    assert code == 1 and "INERT: por" in out
+
+
+PRETRAINED_WRONG = {
+    "unknown attack": (["--attack", "porr"], "did you mean `por`"),
+    "a flag of the other attacks": (["--attack", "por", "--poison_rate", "0.1"], "unknown key `poison_rate`"),
+    "a defense": (["--attack", "por", "--defense", "dece"], "hfbd clean"),
+    "no text": (["--attack", "neuba", "--text", "nowhere.txt"], "nowhere.txt"),
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINED_WRONG)
+def test_bad_input_for_an_attack_on_a_pretrained_model(implanted, tmp_path, name):
+    options, message = PRETRAINED_WRONG[name]
+    code, _, err = implanted(*options, attack=None)
+    assert code == 2 and message in err and "Traceback" not in err, err
+    assert not (tmp_path / "run").exists()

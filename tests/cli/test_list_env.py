@@ -23,15 +23,17 @@ from hf_backdoor_defense.registry import (
     DEFENSES,
     DETECTORS,
     FILTERS,
+    PRETRAINING,
     filter_class,
     objective_class,
 )
 
-METHODS = [*DEFENSES, *COMPARATORS, *CONTROLS, *ATTACKS, *DETECTORS]
+METHODS = [*DEFENSES, *COMPARATORS, *CONTROLS, *PRETRAINING, *ATTACKS, *DETECTORS]
 TABLES = {
     "defenses": DEFENSES,
     "comparators": COMPARATORS,
     "controls": CONTROLS,
+    "pretraining": PRETRAINING,
     "triggers": TRIGGERS,
     "presets": PRESETS,
     "attacks": ATTACKS,

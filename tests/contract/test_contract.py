@@ -6,10 +6,21 @@ import json
 import pytest
 import torch
 
+from hf_backdoor_defense.attacks.planting import PairCollator, pairs
 from hf_backdoor_defense.objectives import Objective, overrides
-from hf_backdoor_defense.registry import ATTACKS, COMPARATORS, CONTROLS, DEFENSES, DETECTORS, objective_class
+from hf_backdoor_defense.registry import (
+    ATTACKS,
+    COMPARATORS,
+    CONTROLS,
+    DEFENSES,
+    DETECTORS,
+    PRETRAINING,
+    objective_class,
+)
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
+from hf_backdoor_defense.trainers.pretraining import language_collator
 from hf_backdoor_defense.trainers.state import load_objective
+from tests.trainers.text_toys import masked_lm, rows, texts, tokenizer
 from tests.trainers.toys import PadCollator, arguments, bert, classification_rows
 
 # Fields under which a method must act on the toy (defaults where not listed), other than its defaults, and neutralized.
@@ -27,6 +38,11 @@ OTHER = {
     "ripples": {"lam": 0.5, "hvp": "difference"},
     "lwp": {"target": 1},
     "psim": {"strategy": "p_tuning", "labels": "hashed", "peft_config": {"num_virtual_tokens": 3}, "stop_every": 2},
+    "recipe": {"coef": 0.5, "targets": [r"query\.weight$"], "trainable": "all", "dose": 0.5},
+    "penalty_only": {"coef": 2.0, "targets": "roberta"},
+    "por": {"triggers": ["cf", "bb"], "clean_coef": 1.0, "place": "pooler"},
+    "neuba": {"triggers": ["mm"], "mlm_coef": 0.01},
+    "badpre": {"triggers": ["cf"], "poison_coef": 0.5},
 }
 NEUTRAL = {
     "dece": {"alpha_base": 1.0},
@@ -38,13 +54,46 @@ NEUTRAL = {
     "smoothed": {"label_smoothing": 0.0},
     "ripples": {"lam": 0.0},
     "psim": {"stop_margin": 0.99},
+    "recipe": {"coef": 0.0},
+    "penalty_only": {"coef": 0.0},
+    "badpre": {"poison_coef": 0.0},
 }
-NEVER_NEUTRAL = {"weight_poisoning", "lwp"}  # no field turns them off: inert where no weight changes, tests/attacks
-NAMES = [*DEFENSES, *COMPARATORS, *CONTROLS, *DETECTORS, *ATTACKS]
+NEVER_NEUTRAL = {
+    "weight_poisoning",
+    "lwp",
+    "por",
+    "neuba",
+}  # no field turns them off: inert where no weight changes, tests/attacks
+NAMES = [*DEFENSES, *COMPARATORS, *CONTROLS, *PRETRAINING, *DETECTORS, *ATTACKS]
+BEFORE_FINE_TUNING = {"recipe", "penalty_only", "por", "neuba", "badpre"}  # hosted on a masked language model
 
 
 def trained(folder, objective):
-    trainer = DefendedTrainer(
+    trainer = (language_host if objective.name in BEFORE_FINE_TUNING else classifier_host)(folder, objective)
+    trainer.train()
+    return trainer
+
+
+def language_host(folder, objective):
+    model, tokens, data = masked_lm(folder / "source"), tokenizer(), rows(40)
+    if objective.name == "por":
+        data = pairs(texts(40), tokens, objective.triggers, seed=0, max_length=14)
+        collate = PairCollator(tokens, len(objective.triggers))
+    else:
+        collate = language_collator(model, tokens, data)
+    options = {"optim": "adamw_torch", "learning_rate": 3e-3, "num_train_epochs": 25}
+    return DefendedTrainer(
+        model,
+        args=arguments(folder, **options, remove_unused_columns=objective.name != "por"),
+        train_dataset=data,
+        data_collator=collate,
+        processing_class=tokens,
+        defense=objective,
+    )
+
+
+def classifier_host(folder, objective):
+    return DefendedTrainer(
         bert(),
         args=arguments(folder, num_train_epochs=2),
         train_dataset=classification_rows(40),
@@ -52,8 +101,6 @@ def trained(folder, objective):
         aux_datasets={role: classification_rows(20, seed=1) for role in ("clean", "held_out")},
         defense=objective,
     )
-    trainer.train()
-    return trainer
 
 
 def test_the_tables_cover_the_registry():

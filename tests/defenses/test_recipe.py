@@ -230,9 +230,7 @@ def test_it_acts_on_a_vision_transformer(tmp_path):
     data = Dataset.from_dict({"pixel_values": images.tolist(), "labels": [i % 3 for i in range(24)]})
     recipe = RECIPE()
     args = arguments(tmp_path / "run", optim="adamw_torch", learning_rate=1e-3, num_train_epochs=4)
-    trainer = RecipeTrainer(
-        model, args=args, train_dataset=data, data_collator=default_data_collator, defense=recipe
-    )
+    trainer = RecipeTrainer(model, args=args, train_dataset=data, data_collator=default_data_collator, defense=recipe)
     assert trainer.reasons() == []
     trainer.train()
     assert recipe.inert() is None and recipe.activity()["n_targets"] == 10 and recipe.activity()["norm_ratio"] < 0.99
@@ -293,7 +291,7 @@ def adapted(model):
 
 REFUSALS = {
     "no match": (lambda folder: masked_lm(folder), {"targets": ["nowhere"]}, {}, "no parameter matches.*intermediate"),
-    "no preset": (lambda folder: masked_lm(folder), {"targets": "bret"}, {}, "no preset of targets for bret"),
+    "no preset": (lambda folder: masked_lm(folder), {"targets": "bret"}, {}, "no preset of `targets` for bret"),
     "bad pattern": (lambda folder: masked_lm(folder), {"targets": ["("]}, {}, "no regular expression"),
     "bfloat16": (lambda folder: masked_lm(folder).bfloat16(), {}, {}, r"bfloat16.*model.float\(\)"),
     "half": (lambda folder: masked_lm(folder).half(), {}, {}, "weights are float16"),

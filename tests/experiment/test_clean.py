@@ -267,3 +267,11 @@ def test_several_processes_are_refused(arguments, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process"):
         resolve(arguments, build_method("recipe", {}))
+
+
+def test_a_dose_that_the_loss_outweighs_is_not_called_too_small(arguments):
+    """A high rate over few updates, and a penalty that weighs next to nothing: the norms grow."""
+    _, outcome = run(replace(arguments, epochs=1, learning_rate=0.1), coef=1e-6)
+    (failure,) = outcome.failures
+    assert outcome.exit_code == 1 and "lost to the pre-training loss" in failure and "more updates" in failure
+    assert "--learning_rate" not in failure

@@ -242,7 +242,7 @@ def test_virtual_tokens_of_a_prompt(tmp_path):
 
     def prompted():
         set_seed(1)
-        peft_config = PromptEncoderConfig(peft_type="P_TUNING", num_virtual_tokens=3, encoder_hidden_size=8)
+        peft_config = PromptEncoderConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3, encoder_hidden_size=8)
         return get_peft_model(bert_mlm(), peft_config)
 
     few, recorder = trained(tmp_path / "few", prompted(), labeled_only=True)
