@@ -131,7 +131,8 @@ def suggested_rate(source: Path, objective: RECIPE, *, texts: int = TEXTS, epoch
 def checkpoints(attack: str, seed: int, recipe: dict[str, Any], texts: int = TEXTS) -> dict[str, Callable[[], Path]]:
     """How the checkpoint of each arm is made, in the order of the table."""
     poisoned = partial(poisoned_encoder, attack, seed)
-    changed = [f"{k}-{v}" for k, v in sorted(recipe.items())] + ([] if texts == TEXTS else [f"texts-{texts}"])
+    changed = [f"{k}-{v if isinstance(v, (str, float)) else len(v)}" for k, v in sorted(recipe.items())]
+    changed += [] if texts == TEXTS else [f"texts-{texts}"]
     base = RUNS / "-".join([attack, str(seed), "arms", *changed])
     trains = {k: v for k, v in recipe.items() if k in ("trainable", "targets")}
 
@@ -252,14 +253,21 @@ CELLS = [
         )
         for dose in (0.3, 0.6, 1.9, 2.5)
     ),
+    # Both projections, queries, keys and values, as the paper presses them in vision transformers, with every weight trained.
     cell(
-        "POR, SST-2, all weights, 3000 texts",
+        "POR, SST-2, vision targets, 3000 texts",
         {
             "attack": "por",
             "task": "sst2",
             "texts": 3000,
-            "recipe": {"trainable": "all"},
-            "arms": ("pretraining", "recipe"),
+            "arms": ("recipe", "pretraining"),
+            "recipe": {
+                "trainable": "all",
+                "targets": [
+                    r"layer\.\d+\.(intermediate|output)\.dense\.weight$",
+                    r"\.self\.(query|key|value)\.weight$",
+                ],
+            },
         },
     ),
     cell("NeuBA, SST-2", {"attack": "neuba", "task": "sst2"}),

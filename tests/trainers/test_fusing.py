@@ -143,7 +143,9 @@ def test_ignored_positions_never_reach_the_product(tmp_path):
             step.hidden.register_hook(lambda grad: seen.append((grad.abs().sum(-1) > 0, step.labels != -100)))
             return super().loss(step)
 
-    make(tmp_path, bert_mlm(), masked_rows(8), Watches()).train()
+    trainer = make(tmp_path, bert_mlm(), masked_rows(8), Watches())
+    trainer.labeled_only = False  # else ignored positions do not even reach the head
+    trainer.train()
     assert len(seen) == 2
     for touched, labeled in seen:
         assert torch.equal(touched, labeled) and 0 < int(labeled.sum()) < labeled.numel()
