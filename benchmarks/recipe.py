@@ -12,12 +12,15 @@
 
 Publisher (warm-up and attack) and defender share no sentence: validation lines 0-5,999 of the plain text are the publisher's, the
 rest is held out, the training file is the defender's. One purification seed; the seeds of the records are the victim's. Core:
-POR on SST-2. Extended: other attacks with the same defaults, AG News, doses, further purification seeds. Dose, coefficient,
-trainable weights and text were chosen by `benchmarks.recipe_search`, without a trigger.
+POR on SST-2. Extended: other attacks with the same defaults, AG News, doses, further purification seeds. Dose and coefficient are
+RECIPE's defaults, from its source; which weights train was chosen by `benchmarks.recipe_search`, without a trigger. Doses and
+"vision targets" show what else there is: nothing was chosen by them.
 """
 
+import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -26,15 +29,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.grid import Cell, run_grid
+from benchmarks.grid import RESULTS, Cell, run_grid
 from hf_backdoor_defense.attacks.implanting import implant
 from hf_backdoor_defense.data.plain_text import load_texts, tokenize_texts
 from hf_backdoor_defense.defenses.fine_pruning import prune_dormant_units
 from hf_backdoor_defense.defenses.recipe import RECIPE, PenaltyOnly
 from hf_backdoor_defense.evaluation.metrics import Estimate
-from hf_backdoor_defense.experiment.downstream import Downstream, kept_predictions, task_agnostic_scores
+from hf_backdoor_defense.evaluation.task_agnostic import TaskAgnosticASR
+from hf_backdoor_defense.experiment.downstream import PREFIX, Downstream, kept_predictions, task_agnostic_scores
 from hf_backdoor_defense.experiment.steps import Steps, kept_folder
-from hf_backdoor_defense.models import mark_backdoored
+from hf_backdoor_defense.models import BACKDOOR_FILE, mark_backdoored
 from hf_backdoor_defense.objectives import Objective
 from hf_backdoor_defense.pretrained import load_pretrained_whole, save_pretrained_whole
 from hf_backdoor_defense.registry import objective_class
@@ -49,6 +53,8 @@ PUBLISHER = 6000  # lines
 CONTROL_WORD = "hm"  # as short as a trigger, and none
 # The defender's defaults, for every attack alike.
 TEXTS, EPOCHS, MAX_LENGTH = 1000, 8, 64
+ATTACK_SEED = 0
+TABLES = RESULTS / "recipe_tables.jsonl"  # ASR of every trigger toward every class
 ARMS = ("undefended", "round_trip", "round_trip: pooler dropped", "pretraining", "penalty_only", "recipe", "recipe: clean base",
         "fine_pruning")  # fmt: skip
 
@@ -69,18 +75,18 @@ def clean_encoder() -> Path:
     return warmed_up("offline:minilm", *publisher_texts(), cache=Path("runs/warm_up"))
 
 
-def poisoned_encoder(attack: str, seed: int, *, learning_rate: float = 1e-4, epochs: float = 4) -> Path:
-    """The clean encoder after the attack."""
+def poisoned_encoder(attack: str, seed: int) -> Path:
+    """The clean encoder after the attack: 4 epochs, rate 1e-4."""
 
     def make(folder: Path) -> None:
         texts, held_out = publisher_texts()
         model, tokenizer = load_pretrained_whole(str(clean_encoder()))
         objective = objective_class(attack)()
         done = implant(
-            model, tokenizer, texts, objective, held_out=held_out, output_dir=str(folder / "run"), epochs=epochs,  # type: ignore[arg-type]
-            learning_rate=learning_rate, seed=seed, title=attack,
+            model, tokenizer, texts, objective, held_out=held_out, output_dir=str(folder / "run"),  # type: ignore[arg-type]
+            epochs=4, learning_rate=1e-4, seed=seed, title=attack,
         )  # fmt: skip
-        _save(model, tokenizer, folder, {"attack": objective.to_dict(), **asdict(done)}, held_out)
+        _save(model, tokenizer, folder, {"attack": objective.to_dict(), **asdict(done)})
         mark_backdoored(folder, {"attack": attack, "triggers": objective.triggers, "seed": seed})  # type: ignore[attr-defined]
 
     return kept_folder(RUNS / f"{attack}-{seed}", make)
@@ -105,19 +111,26 @@ def purified(
             model, tokenizer, rows, output_dir=str(partial_folder / "run"), objective=objective, title=folder.name, seed=seed,
             num_train_epochs=epochs, learning_rate=rate,
         )  # fmt: skip
+        start = time.perf_counter()
         trainer.train()
-        about: dict[str, Any] = {"updates": trainer.state.global_step, "rate": rate, "texts": len(rows)}
+        seconds = time.perf_counter() - start
+        about: dict[str, Any] = {
+            "updates": trainer.state.global_step, "rate": rate, "texts": len(rows), "seconds": seconds, "env": environment(),
+        }  # fmt: skip
         if objective is not None:
             about |= {"objective": objective.to_dict(), "activity": objective.activity(), "inert": objective.inert()}
-        _save(model, tokenizer, partial_folder, about, publisher_texts()[1])
+        _save(model, tokenizer, partial_folder, about, source)
 
     return kept_folder(folder, make)
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, about: dict[str, Any], held_out: list[str]) -> None:
+def _save(model: Any, tokenizer: Any, folder: Path, about: dict[str, Any], source: Path | None = None) -> None:
+    """Model, tokenizer and what is known of them; whatever is made of an attacked source stays marked."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     save_pretrained_whole(model, tokenizer, folder)
-    about = {**about, "held_out": asdict(held_out_loss(model, tokenizer, held_out))}
+    if source is not None and (source / BACKDOOR_FILE).is_file():
+        shutil.copy(source / BACKDOOR_FILE, folder / BACKDOOR_FILE)
+    about = {**about, "held_out": asdict(held_out_loss(model, tokenizer, publisher_texts()[1]))}
     (folder / ABOUT).write_text(json.dumps(about, indent=2, default=float) + "\n")
 
 
@@ -129,11 +142,17 @@ def suggested_rate(source: Path, objective: RECIPE, *, texts: int = TEXTS, epoch
 
 
 def checkpoints(attack: str, seed: int, recipe: dict[str, Any], texts: int = TEXTS) -> dict[str, Callable[[], Path]]:
-    """How the checkpoint of each arm is made, in the order of the table."""
-    poisoned = partial(poisoned_encoder, attack, seed)
-    changed = [f"{k}-{v if isinstance(v, (str, float)) else len(v)}" for k, v in sorted(recipe.items())]
-    changed += [] if texts == TEXTS else [f"texts-{texts}"]
-    base = RUNS / "-".join([attack, str(seed), "arms", *changed])
+    """How the checkpoint of each arm is made, in the order of the table; `seed` is the purification's."""
+    poisoned = partial(poisoned_encoder, attack, ATTACK_SEED)
+    settings = {
+        "recipe": RECIPE(**recipe).to_dict(),
+        "texts": texts,
+        "epochs": EPOCHS,
+        "max_length": MAX_LENGTH,
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps([settings, clean_encoder().name], sort_keys=True).encode()).hexdigest()
+    base = RUNS / f"{attack}-{ATTACK_SEED}-arms-{digest[:12]}"
     trains = {k: v for k, v in recipe.items() if k in ("trainable", "targets")}
 
     def trained(name: str, objective: RECIPE, source: Callable[[], Path]) -> Path:
@@ -145,7 +164,7 @@ def checkpoints(attack: str, seed: int, recipe: dict[str, Any], texts: int = TEX
             model, tokenizer = load_pretrained_whole(str(poisoned()), warn=False)
             if not pooler:
                 model.base_model.pooler = None  # type: ignore[assignment]
-            _save(model, tokenizer, folder, {}, publisher_texts()[1])
+            _save(model, tokenizer, folder, {}, poisoned())
 
         return kept_folder(base / name, make)
 
@@ -159,7 +178,7 @@ def checkpoints(attack: str, seed: int, recipe: dict[str, Any], texts: int = TEX
             batches = [dict(tokenizer(part, **options)) for part in parts]
             done = prune_dormant_units(model.base_model, batches, lambda: held_out_loss(model, tokenizer, kept).loss)  # type: ignore[arg-type]
             about = {"share": done.share, "units": done.units, "losses": {str(k): v for k, v in done.losses.items()}}
-            _save(model, tokenizer, folder, about, publisher_texts()[1])
+            _save(model, tokenizer, folder, about, poisoned())
 
         return kept_folder(base / "fine_pruning", make)
 
@@ -208,7 +227,8 @@ def recipe_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]
             "asr " + t: Estimate(float(v), len(arrays["test"]), None, None)
             for t, v in zip(table.triggers, table.per_trigger, strict=True)
         }
-        scores |= of_pretraining(checkpoint)
+        scores |= of_pretraining(checkpoint) | {"r_acc": _triggered_accuracy(victim, arrays)}
+        _keep_table({"setting": cell.setting, "arm": name, "seed": seed}, table, victim.rows()[2])
         defense, _, variant = name.partition(": ")
         for metric, estimate in scores.items():
             kind, _, trigger = metric.partition(" ")
@@ -225,6 +245,26 @@ def recipe_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]
     return records, cell.setting
 
 
+def _triggered_accuracy(victim: Downstream, arrays: dict[str, np.ndarray]) -> Estimate:
+    """Accuracy on triggered texts, mean over triggers: what an untargeted attack (BadPre) is judged by."""
+    labels = np.asarray(victim.rows()[1]["label"])
+    shares = [float((arrays[f"{PREFIX}{word}"] == labels).mean()) for word in victim.triggers]
+    return Estimate(float(np.mean(shares)), len(labels), None, None)
+
+
+def _keep_table(where: dict[str, Any], table: TaskAgnosticASR, classes: list[str]) -> None:
+    """A line of the sidecar, once per arm and seed."""
+    known = [json.loads(line) for line in TABLES.read_text().splitlines()] if TABLES.is_file() else []
+    if not any(all(line[k] == v for k, v in where.items()) for line in known):
+        line = {
+            **where,
+            "classes": classes,
+            "asr": dict(zip(table.triggers, table.per_trigger_class.round(4).tolist(), strict=True)),
+        }
+        with TABLES.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def of_pretraining(checkpoint: Path) -> dict[str, Estimate]:
     """The held-out pre-training loss of a checkpoint, and what RECIPE says of itself."""
     path = checkpoint / ABOUT
@@ -233,6 +273,8 @@ def of_pretraining(checkpoint: Path) -> dict[str, Estimate]:
         return {"loss": Estimate(record["loss"], record["n"], None, None)}
     about = json.loads(path.read_text())
     found = {"loss": Estimate(about["held_out"]["loss"], about["held_out"]["n"], None, None)}
+    if "seconds" in about:
+        found["seconds"] = Estimate(about["seconds"], 1, None, None)
     for name in ("dose", "norm_ratio"):
         if name in about.get("activity", {}):
             found[name] = Estimate(about["activity"][name], 1, None, None)
@@ -244,6 +286,10 @@ def cell(setting: str, options: dict[str, Any], *, extended: bool = True) -> Cel
     return Cell(setting, options, extended=extended, needs=DATA / options["task"])
 
 
+_VISION_TARGETS = [r"layer\.\d+\.(intermediate|output)\.dense\.weight$", r"\.self\.(query|key|value)\.weight$"]
+VISION: dict[str, Any] = {
+    "attack": "por", "task": "sst2", "texts": 3000, "recipe": {"trainable": "all", "targets": _VISION_TARGETS},
+}  # fmt: skip
 CELLS = [
     cell("POR, SST-2", {"attack": "por", "task": "sst2"}, extended=False),
     *(
@@ -254,22 +300,8 @@ CELLS = [
         for dose in (0.3, 0.6, 1.9, 2.5)
     ),
     # Both projections, queries, keys and values, as the paper presses them in vision transformers, with every weight trained.
-    cell(
-        "POR, SST-2, vision targets, 3000 texts",
-        {
-            "attack": "por",
-            "task": "sst2",
-            "texts": 3000,
-            "arms": ("recipe", "pretraining"),
-            "recipe": {
-                "trainable": "all",
-                "targets": [
-                    r"layer\.\d+\.(intermediate|output)\.dense\.weight$",
-                    r"\.self\.(query|key|value)\.weight$",
-                ],
-            },
-        },
-    ),
+    cell("POR, SST-2, vision targets, 3000 texts", {**VISION, "arms": ("recipe",)}),
+    cell("POR, SST-2, vision targets, 3000 texts, control", {**VISION, "arms": ("pretraining",)}),
     cell("NeuBA, SST-2", {"attack": "neuba", "task": "sst2"}),
     cell("BadPre, SST-2", {"attack": "badpre", "task": "sst2"}),
     cell("POR, AG News", {"attack": "por", "task": "ag_news"}),

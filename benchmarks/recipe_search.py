@@ -1,10 +1,10 @@
-"""Which weights train, with how much text, for RECIPE's defaults: without a trigger, on the clean encoder.
+"""Which weights train, with how much text, at RECIPE's dose: without a trigger, on the clean encoder.
 
     python -m benchmarks.recipe_search
 
-Each setting cleans the clean warmed-up encoder (purification seed 100) and is judged by its held-out pre-training loss, and by the
-accuracy on *validation* rows of SST-2 after fine-tuning (seeds 100 and 101). Nobody is attacked here, and no test row is read.
-Every setting that was tried is a cell.
+Each setting cleans the clean warmed-up encoder (purification seed 100) and is judged by its held-out pre-training loss, and by
+the accuracy on *validation* rows of SST-2 after fine-tuning (seeds 100 and 101). Nobody is attacked here, and no test row is read.
+Every setting that was tried is a cell. "raw export" is the encoder before its warm-up: a warm-up must not cost accuracy.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from hf_backdoor_defense.defenses.recipe import RECIPE
 from hf_backdoor_defense.evaluation.metrics import accuracy
 from hf_backdoor_defense.experiment.downstream import Downstream, kept_predictions
 from hf_backdoor_defense.experiment.steps import Steps
+from hf_backdoor_defense.models import OFFLINE_MODEL
 from hf_backdoor_defense.reporting.results import Record, environment
 
 PURIFICATION = 100
@@ -27,11 +28,12 @@ def search_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]
     options = dict(cell.options)
     victim_options = {"learning_rate": options.pop("victim_rate")} if "victim_rate" in options else {}
     victim = Downstream(task=str(DATA / "sst2"), triggers=(), eval_split="validation", **victim_options)
-    checkpoint = clean_encoder()
-    if options:
+    checkpoint: Path | str = OFFLINE_MODEL if options.pop("raw", False) else clean_encoder()
+    cleaned = bool(options)
+    if cleaned:
         texts, epochs = options.pop("texts", 1000), options.pop("epochs", 8)
         objective = RECIPE(**options)
-        rate = suggested_rate(checkpoint, objective, texts=texts, epochs=epochs)
+        rate = suggested_rate(Path(checkpoint), objective, texts=texts, epochs=epochs)
         name = cell.setting.replace(", ", "-").replace(" ", "_")
         checkpoint = purified(
             checkpoint, RUNS / "search" / name, objective, rate=rate, seed=PURIFICATION, texts=texts, epochs=epochs
@@ -40,7 +42,8 @@ def search_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]
     _, arrays = kept_predictions(
         checkpoint, victim, seed=seed, cache=cache, steps=Steps(1), title=f"{cell.setting}, seed {seed}"
     )
-    scores = {"ca": accuracy(arrays["test"], np.asarray(victim.rows()[1]["label"])), **of_pretraining(checkpoint)}
+    scores = {"ca": accuracy(arrays["test"], np.asarray(victim.rows()[1]["label"]))}
+    scores |= of_pretraining(Path(checkpoint)) if checkpoint != OFFLINE_MODEL else {}
     common = {
         "benchmark": "recipe_search",
         "dataset": "sst2",
@@ -49,11 +52,11 @@ def search_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]
         "seed": seed,
     }
     records = [
-        Record.from_estimate(value, defense="recipe" if cell.options else "clean_reference", setting=cell.setting, metric=metric,
+        Record.from_estimate(value, defense="recipe" if cleaned else "clean_reference", setting=cell.setting, metric=metric,
                              env=environment(), **common)
         for metric, value in scores.items()
     ]  # fmt: skip
-    return records, f"{cell.setting}: CA {scores['ca'].value:.3f}, held-out loss {scores['loss'].value:.2f}"
+    return records, f"{cell.setting}: CA {scores['ca'].value:.3f}"
 
 
 def cell(setting: str, options: dict) -> Cell:
@@ -62,11 +65,11 @@ def cell(setting: str, options: dict) -> Cell:
 
 
 CELLS = [
+    cell("raw export", {"raw": True}),
     cell("clean encoder", {}),
     cell("clean encoder, victim 2e-5", {"victim_rate": 2e-5}),
     cell("dose 1.25, targets", {"trainable": "targets"}),
     cell("dose 1.25, all", {"trainable": "all"}),
-    cell("dose 0.6, targets", {"trainable": "targets", "dose": 0.6}),
     cell("dose 1.25, targets, 3000 texts", {"trainable": "targets", "texts": 3000, "epochs": 8}),
 ]
 

@@ -36,7 +36,7 @@ from hf_backdoor_defense.data.plain_text import mask_once, tokenize_texts  # noq
 from hf_backdoor_defense.defenses.recipe import RECIPE  # noqa: E402
 from hf_backdoor_defense.functional.weights import frobenius_norms  # noqa: E402
 from hf_backdoor_defense.objectives import Objective, Step  # noqa: E402
-from hf_backdoor_defense.pretrained import load_pretrained_whole  # noqa: E402
+from hf_backdoor_defense.pretrained import load_pretrained_whole, mark_head_trained  # noqa: E402
 from hf_backdoor_defense.reporting.results import Record, append_records, environment  # noqa: E402
 from hf_backdoor_defense.trainers.pretraining import pretraining_trainer  # noqa: E402
 
@@ -82,7 +82,6 @@ def epoch(peer: str, model: Any, tokenizer: Any, padded: Any) -> float:
         options = {"train_sampling_strategy": "group_by_length"}
         rows = padded.map(_trimmed, load_from_cache_file=False, keep_in_memory=True).remove_columns("attention_mask")
     objective: Objective = _PlainNorms() if peer == "paper" else RECIPE(coef=0.0 if peer == "pretraining" else 1.0)
-    objective.allow_unknown_head = True  # type: ignore[attr-defined]
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = pretraining_trainer(
@@ -131,7 +130,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     model, tokenizer = load_pretrained_whole("offline:minilm")
-    del model.config.hfbd_missing_keys  # its loss is meaningless, its cost is not
+    mark_head_trained(model)  # it is not: its loss is meaningless, its cost is not
     rows = tokenize_texts(texts(), tokenizer, max_length=LENGTH)
     padded = mask_once(rows, tokenizer, seed=0, max_length=LENGTH)
     found: dict[str, list[float]] = {peer: [] for peer in PEERS}

@@ -3,7 +3,7 @@
 | arrays of one checkpoint and seed | what they are |
 |---|---|
 | `test` | [rows] predicted classes of the test texts |
-| `trigger.WORD` | [rows] of the same texts with the word inserted once, at a place that depends on row and word alone |
+| `trigger.WORD` | [rows] of the same texts with the word inserted once, at a place that depends on row and word |
 
 All rows are triggered, whatever their class: to which class a trigger leads is found afterwards (`evaluation/task_agnostic.py`).
 Results are kept under the hash of the checkpoint's weights: a round trip that changed nothing is recognized as what it is.
@@ -127,12 +127,25 @@ def fine_tune_and_predict(checkpoint: str | Path, victim: Downstream, *, seed: i
     for word in ("", *victim.triggers, *victim.control_words):
         texts = list(test["text"])
         if word:
-            ids = test["row_id"]
-            texts = [plant(text, word, seed=PLACE_SEED, row=i) for text, i in zip(texts, ids, strict=True)]
+            texts = [
+                triggered(text, word, row=i, max_length=victim.max_length)
+                for i, text in zip(test["row_id"], texts, strict=True)
+            ]
         bar = None if victim.disable_tqdm else f"predicting {word or 'clean texts'}"
         logits = text_logits(model, tokenizer, texts, max_length=victim.max_length, progress=bar)
         arrays[f"{PREFIX}{word}" if word else "test"] = logits.argmax(-1).numpy()
     return about, arrays
+
+
+def triggered(text: str, word: str, *, row: int, max_length: int) -> str:
+    """The text with the word among its first `max_length` / 2 words, where hardly any tokenizer cuts it off.
+
+    >>> triggered("a " * 100, "cf", row=0, max_length=8).split().index("cf") <= 4
+    True
+    """
+    words = text.split()
+    seen = max(max_length // 2, 1)
+    return " ".join([plant(" ".join(words[:seen]), word, seed=PLACE_SEED, row=row), *words[seen:]])
 
 
 def kept_predictions(

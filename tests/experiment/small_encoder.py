@@ -33,6 +33,8 @@ from hf_backdoor_defense.trainers.pretraining import pretraining_trainer
 from hf_backdoor_defense.warm_up import MaskedLoss, held_out_loss, token_frequencies
 
 LONGEST = 14  # words: short sentences are cheap, and there are thousands
+# The paper's for vision transformers, by BERT's names: both feed-forward matrices and query, key, value.
+TARGETS = [r"layer\.\d+\.(intermediate|output)\.dense\.weight$", r"\.self\.(query|key|value)\.weight$"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ def _sentences(path: Path) -> list[str]:
 
 
 def pretrain(texts: Texts, folder: Path) -> MaskedLoss:
-    """A BERT of two layers, 128 wide, trained as a masked language model from random weights; its held-out loss."""
+    """A BERT of two layers, 128 wide, trained as a masked language model from random weights; its held-out loss.
+
+    With dropout, or with BERT's own smaller initial weights, so short a training ends at the frequencies of tokens.
+    """
     core = BertWordPieceTokenizer()
     core.train_from_iterator(texts.publisher, vocab_size=1500, show_progress=False)
     core.save_model(str(folder))
@@ -78,12 +83,12 @@ def pretrain(texts: Texts, folder: Path) -> MaskedLoss:
     set_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512,
-        max_position_embeddings=64,
+        max_position_embeddings=64, initializer_range=0.05, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     model = BertForMaskedLM(config)
     rows = tokenize_texts(texts.publisher, tokenizer)
     pretraining_trainer(
-        model, tokenizer, rows, output_dir=str(folder), max_steps=700, learning_rate=2e-3, warmup_steps=70
+        model, tokenizer, rows, output_dir=str(folder), max_steps=700, learning_rate=1e-3, warmup_steps=70
     ).train()
     save_pretrained_whole(model, tokenizer, folder)
     frequencies = token_frequencies(texts.publisher, tokenizer, config.vocab_size)
@@ -95,16 +100,16 @@ def attack(base: Path, folder: Path, texts: Texts, *, seed: int) -> Implanted:
     model, tokenizer = load_pretrained_whole(str(base))
     done = implant(
         model, tokenizer, texts.publisher, PORAttack(), held_out=texts.held_out, output_dir=str(folder), seed=seed,
-        epochs=3, learning_rate=1e-3,
+        epochs=3, learning_rate=5e-4,
     )  # fmt: skip
     save_pretrained_whole(model, tokenizer, folder)
     return done
 
 
-def clean(poisoned: Path, folder: Path, texts: Texts, *, coef: float, seed: int, steps: int = 200) -> RECIPE:
+def purify(poisoned: Path, folder: Path, texts: Texts, *, coef: float, seed: int, steps: int = 200) -> RECIPE:
     """Pre-training goes on with the defender's text, at the rate that gives RECIPE's default dose, whatever `coef` is."""
     model, tokenizer = load_pretrained_whole(str(poisoned))
-    defense = RECIPE(coef=coef, trainable="all")
+    defense = RECIPE(coef=coef, targets=TARGETS, trainable="all")
     pretraining_trainer(
         model, tokenizer, tokenize_texts(texts.defender, tokenizer), output_dir=str(folder), objective=defense, seed=seed,
         max_steps=steps, learning_rate=defense.suggest_learning_rate(model, steps),

@@ -1,0 +1,91 @@
+"""RECIPE from end to end in small, over three seeds of attack, cleaning and fine-tuning: who still obeys a trigger?
+
+What holds: pre-training alone leaves the backdoor nearly as it was, and RECIPE at the same rate, steps and text takes most of
+it. What does not: pre-training alone costs the attack about ten points, not twenty, however long (an attack that it washed out
+would test nothing); and with BERT's own targets, the up-projections alone, RECIPE does nothing here, whether or not the rest
+trains: in two layers the backdoor lives in the attention and the down-projections. So the targets are those that the
+paper has for vision transformers.
+"""
+
+import numpy as np
+import pytest
+
+from hf_backdoor_defense.defenses.recipe import RECIPE
+from tests.experiment import small_encoder
+
+SEEDS = (0, 1, 2)
+pytestmark = pytest.mark.timeout(900)  # a minute and a half on two idle cores
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return small_encoder.collect()
+
+
+@pytest.fixture(scope="module")
+def base(texts, tmp_path_factory):
+    """Folder and held-out loss of the pre-trained encoder."""
+    folder = tmp_path_factory.mktemp("base")
+    return folder, small_encoder.pretrain(texts, folder)
+
+
+@pytest.fixture(scope="module")
+def found(texts, base, tmp_path_factory):
+    """Figures of the victims, by arm [seeds], and the attacks and defenses behind them."""
+    figures = {"aasr": {}, "ca": {}}
+    attacks, defenses = [], {"pre-training": [], "RECIPE": []}
+
+    def tested(arm, source, folder, seed):
+        for name, value in small_encoder.victim(source, folder / "victim", texts, seed=seed).items():
+            figures[name].setdefault(arm, []).append(value)
+
+    for seed in SEEDS:
+        poisoned = tmp_path_factory.mktemp("poisoned")
+        attacks.append(small_encoder.attack(base[0], poisoned, texts, seed=seed))
+        tested("poisoned", poisoned, poisoned, seed)
+        for arm, coef in (("pre-training", 0.0), ("RECIPE", 1.0)):
+            folder = tmp_path_factory.mktemp("cleaned")
+            defenses[arm].append(small_encoder.purify(poisoned, folder, texts, coef=coef, seed=seed))
+            tested(arm, folder, folder, seed)
+    return {name: {arm: np.array(v) for arm, v in arms.items()} for name, arms in figures.items()}, attacks, defenses
+
+
+def test_nobody_shares_a_sentence(texts):
+    parts = [set(texts.publisher), set(texts.defender), set(texts.held_out)]
+    parts += [{row.text for row in rows} for rows in (texts.train, texts.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    assert [len(part) for part in (texts.publisher, texts.held_out, texts.train, texts.test)] == [3200, 300, 800, 250]
+
+
+def test_the_encoder_predicts_more_than_frequencies(base):
+    assert base[1].loss < base[1].unigram - 0.4
+
+
+def test_the_attack_took(found):
+    _, attacks, _ = found
+    for attack in attacks:
+        assert attack.inert is None and attack.end["sign_agreement"] > 0.95
+        assert attack.end["target_mse"] < 0.5 * attack.start["target_mse"]
+
+
+def test_both_kinds_of_pre_training_get_the_same_dose_and_one_shrinks(found):
+    _, _, defenses = found
+    for plain, recipe in zip(defenses["pre-training"], defenses["RECIPE"], strict=True):
+        assert plain.activity()["sum_lr"] == pytest.approx(recipe.activity()["sum_lr"])
+        assert recipe.activity()["dose"] == pytest.approx(RECIPE().dose, rel=0.02)
+        assert abs(plain.activity()["norm_ratio"] - 1) < 0.1
+        assert recipe.activity()["norm_ratio"] == pytest.approx(recipe.activity()["predicted_norm_ratio"], abs=0.1)
+        assert recipe.inert() is None and "plain" in plain.inert()
+
+
+def test_recipe_removes_what_pre_training_leaves(found):
+    aasr = found[0]["aasr"]
+    print({arm: values.round(3).tolist() for arm, values in aasr.items()})
+    assert (aasr["poisoned"] >= aasr["pre-training"]).all()
+    assert (aasr["pre-training"] >= aasr["RECIPE"] + 0.2).all()
+
+
+def test_recipe_costs_no_accuracy(found):
+    ca = found[0]["ca"]
+    print({arm: values.round(3).tolist() for arm, values in ca.items()})
+    assert ca["RECIPE"].mean() >= ca["poisoned"].mean() - 0.03
