@@ -297,7 +297,7 @@ CELLS = [
             f"POR, SST-2, dose {dose:.2f}",
             {"attack": "por", "task": "sst2", "recipe": {"dose": dose}, "arms": ("recipe",)},
         )
-        for dose in (0.3, 0.6, 1.9, 2.5)
+        for dose in (0.3, 0.6, 1.9, 2.5, 4.0)
     ),
     # Both projections, queries, keys and values, as the paper presses them in vision transformers, with every weight trained.
     cell("POR, SST-2, vision targets, 3000 texts", {**VISION, "arms": ("recipe",)}),

@@ -3,8 +3,8 @@
     python -m benchmarks.recipe_search
 
 Each setting cleans the clean warmed-up encoder (purification seed 100) and is judged by its held-out pre-training loss, and by
-the accuracy on *validation* rows of SST-2 after fine-tuning (seeds 100 and 101). Nobody is attacked here, and no test row is read.
-Every setting that was tried is a cell. "raw export" is the encoder before its warm-up: a warm-up must not cost accuracy.
+the accuracy on *validation* rows of SST-2 after fine-tuning (seeds 100 and 101). Nobody is attacked, and no test row is read.
+Every setting that was tried is a cell. "raw export" is the encoder before its warm-up, which must not cost accuracy.
 """
 
 from pathlib import Path
@@ -70,6 +70,8 @@ CELLS = [
     cell("clean encoder, victim 2e-5", {"victim_rate": 2e-5}),
     cell("dose 1.25, targets", {"trainable": "targets"}),
     cell("dose 1.25, all", {"trainable": "all"}),
+    cell("dose 2.50, targets", {"trainable": "targets", "dose": 2.5}),
+    cell("dose 4.00, targets", {"trainable": "targets", "dose": 4.0}),
     cell("dose 1.25, targets, 3000 texts", {"trainable": "targets", "texts": 3000, "epochs": 8}),
 ]
 
