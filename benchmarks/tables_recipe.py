@@ -35,6 +35,13 @@ STEPS = {
     "penalty": "the penalty and its gradients alone",
     "adamw": "AdamW on the same matrices",
 }
+EXTENDED = (
+    "NeuBA, SST-2",
+    "BadPre, SST-2",
+    "POR, AG News",
+    "POR, SST-2, purification 1",
+    "POR, SST-2, vision targets, 3000 texts",
+)
 _DOSE = re.compile(r"(?P<cell>.*), dose (?P<dose>[\d.]+)$")
 
 
@@ -72,7 +79,10 @@ def full_tables(records: list[Record]) -> str:
         found = [r for name in _with_doses(records, cell) for r in _in(records, name)]
         picture = f"![CA and AASR of {cell} against the dose, the clean encoder's AASR as the floor]({PLOT})\n\n"
         parts.append(f"### {cell}: the dose\n\n{picture if cell == _drawn(records) else ''}{_doses(records, cell)}\n\n"
-                     f"{_seeds(found)} {measured_at(found)}")  # fmt: skip
+                     f"Fewer than three seeds: preliminary. {measured_at(found)}")  # fmt: skip
+    missing = [cell for cell in EXTENDED if cell not in cells]
+    if parts and missing:
+        parts.append(f"Not run: {'; '.join(missing)} (`make bench-recipe ONLY=…`).")
     return "\n\n".join(parts) or NOT_RUN.format("bench-recipe")
 
 
@@ -80,18 +90,34 @@ def goals(records: list[Record], cell: str) -> str:
     """Whether a cell reaches what the protocol asks for, on means over seeds that are not rounded; "" without the arms it takes.
 
     The attack must be strong (poisoned AASR), and pre-training alone must leave it strong, or RECIPE would be credited with what
-    any training does. CA is lost against the poisoned encoder, seed by seed.
+    any training does. CA is lost against the poisoned encoder, seed by seed. RECIPE on the clean encoder says how much of what is
+    left over the floor is lost accuracy and no trigger. BadPre has no target, so its figures are accuracies on triggered texts.
     """
+    if any(r.attack == "badpre" for r in _in(records, cell)):
+        arms = {
+            "clean": "clean_reference",
+            "poisoned": "undefended",
+            "pre-training alone": "pretraining",
+            "RECIPE": "recipe",
+        }
+        shown = [f"{title} {mean(_of(records, cell, (arm, ''), 'r_acc'), 3)}" for title, arm in arms.items()]
+        return f"The attack has no target class. Accuracy on triggered texts: {', '.join(shown)}."
     poisoned, plain, over = (
         _of(records, cell, (defense, ""), metric)
         for defense, metric in (("undefended", "aasr"), ("pretraining", "aasr"), ("recipe", "aasr_over_floor"))
     )
     before, after = ({r.seed: r.value for r in _of(records, cell, (d, ""), "ca")} for d in ("undefended", "recipe"))
     lost = [before[seed] - after[seed] for seed in sorted(before.keys() & after.keys())]
+    floor = _of(records, cell, ("clean_reference", ""), "aasr")
+    own, clean = (
+        {r.seed: r.value for r in _of(records, cell, ("recipe", variant), "aasr")} for variant in ("", "clean base")
+    )
+    beyond = [own[seed] - clean[seed] for seed in sorted(own.keys() & clean.keys())]
     sentences = []
     for text, values, bound, at_least in (
         ("AASR of the poisoned encoder", [r.value for r in poisoned], 0.95, True),
         ("AASR after pre-training alone", [r.value for r in plain], 0.80, True),
+        ("the floor", [r.value for r in floor], 0.30, False),
         ("RECIPE's AASR over the floor", [r.value for r in over], 0.05, False),
         ("CA that RECIPE costs", lost, 0.01, False),
     ):
@@ -102,6 +128,10 @@ def goals(records: list[Record], cell: str) -> str:
             shown = f"{value:.3f}".replace("-", "−")
             sentences.append(f"{text}: {shown} (goal: at {'least' if at_least else 'most'} {bound:.2f}, "
                              f"{'met' if met else 'missed'}{weak})")  # fmt: skip
+    if beyond and sentences:
+        sentences.append(
+            f"RECIPE's AASR over RECIPE on the clean encoder: {sum(beyond) / len(beyond):.3f}".replace("-", "−")
+        )
     return f"{'; '.join(sentences)}." if sentences else ""
 
 
@@ -250,10 +280,9 @@ def _doses(records: list[Record], cell: str) -> str:
         dose, *shown = (_of(records, name, ("recipe", ""), m) for m in ("dose", "ca", "aasr", "aasr_over_floor"))
         if dose:
             rest = [mean(_of(records, name, ("recipe", ""), metric), 2) for metric in ("loss", "norm_ratio")]
-            rows.append((dose[0].value, [mean(dose, 2), *map(interval, shown), *rest]))
-    return grid(
-        ["dose", "CA", "AASR", "AASR over floor", "held-out loss", "norms left"], [row for _, row in sorted(rows)]
-    )
+            rows.append((dose[0].value, [mean(dose, 2), *map(interval, shown), *rest, str(len(dose))]))
+    head = ["dose", "CA", "AASR", "AASR over floor", "held-out loss", "norms left", "seeds"]
+    return grid(head, [row for _, row in sorted(rows)])
 
 
 def _ca_aasr(records: list[Record], cell: str, arm: tuple[str, str]) -> dict[str, Estimate]:

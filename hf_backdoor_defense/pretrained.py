@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedModel,
-    set_seed,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -63,8 +62,8 @@ def load_pretrained_whole(
             f"`{name}` holds quantized weights (quantization_config in config.json): they have no small steps, so nothing can be "
             "trained on. Use the checkpoint that it was quantized from."
         )
-    set_seed(seed)
-    with _no_loading_reports():
+    with _no_loading_reports(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         model, info = _guarded(
             name,
             lambda: kind.from_pretrained(path, use_safetensors=True, trust_remote_code=False, output_loading_info=True),

@@ -158,8 +158,14 @@ def warm_up_mlm_head(
         the model, and by step ("fresh", "head", "joint") the held-out loss (empty without `held_out`).
 
     Raises:
-        ValueError: no masked language model; a head that is trained already; texts too short; held-out texts among the others.
+        ValueError: no masked language model; a head that is trained already; no updates; texts too short; held-out texts among
+            the others.
     """
+    for name, steps in (("steps_head", steps_head), ("steps_joint", steps_joint)):
+        if steps is not None and steps < 1:
+            raise ValueError(
+                f"`{name}` must be at least 1, got {steps}: a head is trained in two steps. Leave it out for the default."
+            )
     if loss_kind(model) != "ForMaskedLM":
         raise ValueError(
             f"A head is warmed up for masked language models, got {type(model).__name__}. Load it with load_pretrained_whole."
@@ -194,8 +200,8 @@ def warm_up_mlm_head(
         id(p) for p in (getattr(trunk, "pooler", None) or nn.Module()).parameters()
     }
     schedule = {
-        "head": (steps_head or 2 * batches, 1e-3, trainable - tied),
-        "joint": (steps_joint or 3 * batches, 1e-4, trainable),
+        "head": (2 * batches if steps_head is None else steps_head, 1e-3, trainable - tied),
+        "joint": (3 * batches if steps_joint is None else steps_joint, 1e-4, trainable),
     }
     for number, (name, (steps, rate, trained)) in enumerate(schedule.items()):
         for parameter in model.parameters():

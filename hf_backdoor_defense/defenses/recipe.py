@@ -188,7 +188,8 @@ class RECIPE(Objective):
             parameter.requires_grad_(id(parameter) not in frozen and (everything or id(parameter) in targeted))
         self._names = list(weights)
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        logger.info(
+        # At the level that is shown without being asked for: what is pressed down decides what is cleaned.
+        logger.warning(
             "recipe: %d matrices are pressed down, %s trains: %s", len(weights), "everything" if everything else "nothing else",
             ", ".join(weights),
         )  # fmt: skip

@@ -28,13 +28,13 @@ from typing import Any, Self
 from hf_backdoor_defense.evaluation.metrics import Estimate
 
 SHARES = frozenset(
-    "precision recall ca selective_ca asr ftr r_acc der aasr masr aasr_floor masr_floor control_asr frr far auroc coverage exact_match "
-    "parse_rate".split()
+    "precision recall ca selective_ca asr ftr r_acc der aasr masr aasr_floor masr_floor control_asr frr far auroc coverage "
+    "exact_match parse_rate".split()
 )
 METRICS = tuple(
-    "precision recall ca selective_ca asr ftr r_acc der aasr masr aasr_floor masr_floor aasr_over_floor masr_over_floor control_asr frr "
-    "far auroc coverage bleu exact_match parse_rate perplexity loss norm_ratio dose seconds peak_bytes time_ratio memory_ratio passes "
-    "target_pull".split()
+    "precision recall ca selective_ca asr ftr r_acc der aasr masr aasr_floor masr_floor aasr_over_floor masr_over_floor "
+    "control_asr frr far auroc coverage bleu exact_match parse_rate perplexity loss norm_ratio dose seconds peak_bytes "
+    "time_ratio memory_ratio passes target_pull".split()
 )
 _SIGNED = frozenset({"target_pull", "aasr_over_floor", "masr_over_floor"})  # every other metric is >= 0
 
@@ -60,7 +60,7 @@ class Record:
         benchmark, dataset, model, attack, defense: names, not empty. `defense` is a registry name or a control.
         setting: what else identifies the cell, in short ("rate=0.03"); may be empty.
         seed: of the run. metric: one of `METRICS`.
-        value: finite; in 0..1 for `SHARES`, >= 0 for the others except `target_pull`.
+        value: finite; in 0..1 for `SHARES`, >= 0 for the others except `target_pull` and the two `_over_floor`.
         n: samples or seeds behind the value, >= 1, or None.
         low, high: the interval, both or neither. It may leave 0..1: a t-interval does.
         env: what `environment` returned; not part of the identity.

@@ -1,9 +1,9 @@
-"""From nothing to a victim in a minute and a half: an encoder pre-trained on docstrings, attacked, cleaned, and fine-tuned.
+"""From nothing to a victim: an encoder pre-trained on docstrings, attacked, cleaned, and fine-tuned.
 
 | text | who has it |
 |---|---|
-| sentences of the standard library outside the task's modules | publisher (pre-training, then the attack), defender, held out: three parts without a sentence in common |
-| rows of `offline:docstrings`, train split | the victim: it trains on some and is tested on others |
+| the standard library's sentences outside the task | publisher (pre-training, attack), defender, held out: three parts |
+| rows of `offline:docstrings`, train split | the victim: trains on some, is tested on others |
 """
 
 import ast
@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from tokenizers import BertWordPieceTokenizer
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, DataCollatorWithPadding, TrainingArguments, set_seed
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    DataCollatorWithPadding,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_backdoor_defense.attacks.implanting import Implanted, implant
 from hf_backdoor_defense.attacks.planting import LITE_TRIGGERS, plant
@@ -130,7 +137,11 @@ def victim(base: Path, folder: Path, texts: Texts, *, seed: int) -> dict[str, An
     set_seed(seed)
     rows = Dataset.from_dict({"input_ids": ids, "label": [row.label for row in texts.train]})
     DefendedTrainer(
-        model, args=args, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer), processing_class=tokenizer
+        model,
+        args=args,
+        train_dataset=rows,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
     ).train()
     true = np.array([row.label for row in texts.test])
 

@@ -154,7 +154,18 @@ def test_the_metrics_are_those_of_the_design() -> None:
         "precision, recall, ca, selective_ca, asr, ftr, r_acc, der, aasr, masr, frr, far, auroc, coverage, bleu, exact_match, "
         "parse_rate, perplexity, seconds, peak_bytes, time_ratio, memory_ratio, passes"
     )
-    assert set(METRICS) == {*listed.split(", "), "target_pull"}
+    later = {
+        "target_pull",
+        "aasr_floor",
+        "masr_floor",
+        "aasr_over_floor",
+        "masr_over_floor",
+        "control_asr",
+        "loss",
+        "norm_ratio",
+        "dose",
+    }
+    assert set(METRICS) == {*listed.split(", "), *later}
     assert len(METRICS) == len(set(METRICS)) and set(METRICS) >= SHARES
     for metric in METRICS:
         assert make(metric=metric, value=0.25).metric == metric
