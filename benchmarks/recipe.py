@@ -299,6 +299,11 @@ CELLS = [
         )
         for dose in (0.3, 0.6, 1.9, 2.5, 4.0)
     ),
+    # How much of what is left at a high dose is lost accuracy and no trigger.
+    cell(
+        "POR, SST-2, dose 2.50 on the clean encoder",
+        {"attack": "por", "task": "sst2", "recipe": {"dose": 2.5}, "arms": ("recipe: clean base",)},
+    ),
     # Both projections, queries, keys and values, as the paper presses them in vision transformers, with every weight trained.
     cell("POR, SST-2, vision targets, 3000 texts", {**VISION, "arms": ("recipe",)}),
     cell("POR, SST-2, vision targets, 3000 texts, control", {**VISION, "arms": ("pretraining",)}),
