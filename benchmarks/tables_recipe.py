@@ -149,12 +149,15 @@ def plot(records: list[Record], path: Path) -> Path | None:
     dose = _of(records, cell, ("pretraining", ""), "dose")
     if dose:
         controls["pre-training alone"] = (dose[0].value, _ca_aasr(records, cell, ("pretraining", "")))
+    counts = [len({r.seed for r in _in(records, name)}) for name in _with_doses(records, cell)]
     return plot_dose(
         {dose: figures for dose, figures in curve.items() if figures},
         path,
         floor=_ca_aasr(records, cell, ("clean_reference", "")),
         controls=controls,
-        note=_seeds([r for name in _with_doses(records, cell) for r in _in(records, name)]).rstrip("."),
+        note=f"{min(counts)} to {max(counts)} seeds of the victim"
+        if min(counts) < max(counts)
+        else _seeds(_in(records, cell)).rstrip("."),
     )
 
 

@@ -40,6 +40,7 @@ from hf_backdoor_defense.trainers.pretraining import pretraining_trainer
 from hf_backdoor_defense.warm_up import MaskedLoss, held_out_loss, token_frequencies
 
 LONGEST = 14  # words: short sentences are cheap, and there are thousands
+POSITIONS = 64  # as the package's own functions cut texts of pre-training
 # The paper's for vision transformers, by BERT's names: both feed-forward matrices and query, key, value.
 TARGETS = [r"layer\.\d+\.(intermediate|output)\.dense\.weight$", r"\.self\.(query|key|value)\.weight$"]
 
@@ -81,7 +82,8 @@ def _sentences(path: Path) -> list[str]:
 def pretrain(texts: Texts, folder: Path) -> MaskedLoss:
     """A BERT of two layers, 128 wide, trained as a masked language model from random weights; its held-out loss.
 
-    With dropout, or with BERT's own smaller initial weights, so short a training ends at the frequencies of tokens.
+    No dropout and wider initial weights than BERT's: in 700 steps of one rate or another, BERT's own settings came 0.3 nats
+    below the frequencies of tokens, and these 0.5.
     """
     core = BertWordPieceTokenizer()
     core.train_from_iterator(texts.publisher, vocab_size=1500, show_progress=False)
@@ -90,7 +92,7 @@ def pretrain(texts: Texts, folder: Path) -> MaskedLoss:
     set_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512,
-        max_position_embeddings=64, initializer_range=0.05, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        max_position_embeddings=POSITIONS, initializer_range=0.05, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     model = BertForMaskedLM(config)
     rows = tokenize_texts(texts.publisher, tokenizer)
@@ -128,7 +130,7 @@ def purify(poisoned: Path, folder: Path, texts: Texts, *, coef: float, seed: int
 def victim(base: Path, folder: Path, texts: Texts, *, seed: int) -> dict[str, Any]:
     """Fine-tune and test: `ca`, `aasr`, shares in 0..1."""
     model, tokenizer = load_classifier(str(base), num_labels=len(docstrings.TOPICS), seed=seed)
-    ids = tokenizer([row.text for row in texts.train])["input_ids"]
+    ids = tokenizer([row.text for row in texts.train], truncation=True, max_length=POSITIONS)["input_ids"]
     args = TrainingArguments(
         output_dir=str(folder), seed=seed, num_train_epochs=4, learning_rate=5e-4, warmup_steps=10,
         per_device_train_batch_size=32, train_sampling_strategy="group_by_length", save_strategy="no",
@@ -146,7 +148,7 @@ def victim(base: Path, folder: Path, texts: Texts, *, seed: int) -> dict[str, An
     true = np.array([row.label for row in texts.test])
 
     def predicted(sentences: list[str]) -> np.ndarray:
-        return text_logits(model, tokenizer, sentences).argmax(-1).numpy()
+        return text_logits(model, tokenizer, sentences, max_length=POSITIONS).argmax(-1).numpy()
 
     triggered = {
         t: predicted([plant(row.text, t, seed=0, row=i) for i, row in enumerate(texts.test)]) for t in LITE_TRIGGERS
