@@ -88,6 +88,7 @@ class Step:
     top1: Tensor | None = None  # [n_valid], bool
     whole_labels: Tensor | None = None  # [batch, time], where `labels` holds the labeled positions alone
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    latest: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def batch_labels(self) -> Tensor:
@@ -99,9 +100,12 @@ class Step:
         """[n_valid]: the row of the batch that each valid position belongs to, in the order of `loss`'s values."""
         return valid(self.batch_labels).nonzero()[:, 0]
 
-    def log(self, name: str, value: Tensor) -> None:
-        """Record a scalar; the host averages it over the steps between two logs and adds it to `Trainer.log`."""
-        self.metrics[name] = value.detach()
+    def log(self, name: str, value: Tensor, *, latest: bool = False) -> None:
+        """Record a scalar; the host averages it over the steps between two logs and adds it to `Trainer.log`.
+
+        `latest`: it is a state, of which the last value counts, and no mean.
+        """
+        (self.latest if latest else self.metrics)[name] = value.detach()
 
     def note_top1(self, is_top1: Tensor) -> None:
         """Keep [n_valid] whether each label scores highest: a by-product of the loss that the host reports as accuracy."""
@@ -327,5 +331,6 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return value
         if origin is tuple and isinstance(value, list):
             return tuple(value)
-    expected = " or ".join(str(getattr(kind, "__name__", kind)) for kind in allowed)
+    names = (typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else (kind,) for kind in allowed)
+    expected = " or ".join(str(getattr(one, "__name__", one)) for kind in names for one in kind)
     raise ValueError(f"`{where}` must be {expected}, got {value!r} ({type(value).__name__}).")

@@ -78,6 +78,11 @@ def load_pretrained_whole(
         )
     model._hfbd_whole = not missing and not getattr(model.config, MISSING_KEYS, None)  # type: ignore[assignment]
     tokenizer = _guarded(name, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(
+            f"`{name}` holds no tokenizer (transformers made one without words): no text can be read. Save the "
+            "tokenizer that the model was trained with in the same folder."
+        )
     if warn:
         warn_if_backdoored(path)
     if num_layers is not None:
@@ -202,7 +207,7 @@ def float32_reasons(model: nn.Module) -> list[str]:
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if torch.finfo(p.dtype).bits < 32})
     if kinds:
         return [
-            f"the weights are {' and '.join(kinds)}: a step of 2e-5 changes one in six bf16 weights. Convert "
-            "them first, model.float() (bf16=True in the arguments, which computes in bf16, may stay)."
+            f"the weights are {' and '.join(kinds)}: small steps are rounded away (2e-5 changes one in six bf16 weights). "
+            "Convert them first, model.float() (bf16=True in the arguments, which computes in bf16, may stay)."
         ]
     return []

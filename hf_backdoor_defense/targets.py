@@ -82,7 +82,7 @@ def _patterns(model: nn.Module, targets: str | Sequence[str]) -> tuple[str, ...]
         raise ValueError(
             f"There is no preset of `targets` for {kind or 'a model without a model_type'} (known: {', '.join(TARGETS)}). "
             "Give `targets` as a list of regular expressions over the names of its parameters, for the up-projections of its "
-            "feed-forward blocks."
+            'feed-forward blocks; on the command line --defense.targets \'["pattern", "pattern"]\'.'
         )
     return TARGETS[str(kind)]
 

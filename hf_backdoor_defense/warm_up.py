@@ -278,8 +278,8 @@ def warmed_up(
     reasons = gate_reasons(losses)
     if reasons:
         raise ValueError(
-            f"The warmed-up head of `{name}` predicts too little: {'; '.join(reasons)}. Give more text, or more updates "
-            "(steps_joint)."
+            f"The warmed-up head of `{name}` predicts too little: {'; '.join(reasons)}. Give more text, into another folder "
+            "(or, in Python, more updates: steps_joint)."
         )
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)

@@ -126,7 +126,10 @@ class PretrainedAttack(Objective):
         if self._first is None:
             return f"{self.name} was never trained"
         if self._end() > 0.5 * self._first:
-            return f"what was to be planted was not: its loss went from {self._first:.3g} to {self._end():.3g}"
+            return (
+                f"what was to be planted was not: its loss went from {self._first:.3g} to {self._end():.3g}, and must halve. "
+                "Give more text, more epochs or a higher rate"
+            )
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,8 +32,9 @@ def scan(argv: list[str]) -> int:
     if args.reset is not None:
         check_new_folder(args.reset)
     found = scan_checkpoint(args.model, threshold=args.threshold)
-    if args.output is not None and Path(args.output).resolve().parent == found.folder.resolve():
-        raise ValueError(f"`{args.output}` lies in the folder of the model, which is left alone. Write it elsewhere.")
+    for place in filter(None, (args.reset, args.output)):
+        if found.folder.resolve() in Path(place).resolve().parents:
+            raise ValueError(f"`{place}` lies in the folder of the model, which is left alone. Write it elsewhere.")
     print(found.text())
     written = args.reset is not None and bool(found.scan.rows)
     if written:

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _PRETRAINING = ("ForMaskedLM", "ForCausalLM", "ForConditionalGeneration", "ForImageClassification")
 LITTLE = 0.3  # a dose below it is expected to do next to nothing
+_GREW = 1.05  # norms that a penalty left larger than this
 _GRID, _PER_STD = 65, 8  # sums of rates at which the prediction is known: 0, 1/8, …, 8 standard deviations
 
 
@@ -209,9 +210,10 @@ class RECIPE(Objective):
         """{"norm": coef · Σ‖W‖}."""
         norms = self._norms(step.model)
         self._now = norms.detach()  # read when someone asks: no wait for the device here
-        step.log(f"{self.name}/norm_ratio", (norms.detach() / norms.new_tensor(self._start).clamp(min=1e-30)).mean())
-        step.log(f"{self.name}/sum_lr", norms.new_tensor(self._sum_lr))
-        step.log(f"{self.name}/dose", norms.new_tensor(self._dose()))
+        ratio = (norms.detach() / norms.new_tensor(self._start).clamp(min=1e-30)).mean()
+        step.log(f"{self.name}/norm_ratio", ratio, latest=True)  # before this update
+        step.log(f"{self.name}/sum_lr", norms.new_tensor(self._sum_lr), latest=True)
+        step.log(f"{self.name}/dose", norms.new_tensor(self._dose()), latest=True)
         return {} if self.coef == 0 else {"norm": self.coef * norms.sum()}
 
     def _norms(self, model: nn.Module) -> Tensor:
@@ -273,6 +275,8 @@ class RECIPE(Objective):
             return "it was never trained"
         if self._ratio() > 0.995:
             why = "was too small" if self._dose() < LITTLE else "lost to the pre-training loss"
+            if self._ratio() > _GREW and self._dose() >= LITTLE:
+                why = "came in steps so large that the weights grew: lower the learning rate, over more updates"
             return f"the norms are {self._ratio():.1%} of what they were: the dose of {self._dose():.2f} {why}"
         return None
 

@@ -26,7 +26,7 @@ from datasets import Dataset
 
 from hf_backdoor_defense.adapters import room
 from hf_backdoor_defense.data.plain_text import load_texts, mask_once, tokenize_texts
-from hf_backdoor_defense.defenses.recipe import RECIPE
+from hf_backdoor_defense.defenses.recipe import LITTLE, RECIPE
 from hf_backdoor_defense.experiment.clean import CleanArguments
 from hf_backdoor_defense.experiment.plan import check_folder
 from hf_backdoor_defense.functional.weights import predicted_norm_ratio
@@ -95,10 +95,14 @@ class CleanPlan:
         """The plan for people."""
         run, facts, method = self.run, self.facts, self.method
         fields = ", ".join(f"{k}={v}" for k, v in method.to_dict().items() if k != "name")
-        suggested = "" if run.learning_rate else f", which gives a dose of {method.dose:g}"
+        suggested = "" if run.learning_rate else f", for a dose of {method.dose:g} over many updates"
         few = f"; few: the paper took {FEW_TEXTS:,} to 20,000" if len(self.texts) < FEW_TEXTS else ""
         masks = "masks drawn once, padded" if run.static_masks else "masks drawn anew"
-        hurried = "; few updates at a high rate: more text or --epochs" if facts.steps < FEW_UPDATES else ""
+        hurried = (
+            "; few updates at a high rate: more text or --epochs"
+            if facts.steps < FEW_UPDATES and facts.dose > LITTLE
+            else ""
+        )
         penalty = (
             f"the norms alone would go to {facts.norm_ratio:.2f} of what they are"
             if method.coef
@@ -130,7 +134,7 @@ def resolve(run: CleanArguments, method: RECIPE) -> CleanPlan:
             "hfbd clean runs in one process, and was started in several. For several use `pretraining_trainer` in your own "
             "script under `accelerate launch`."
         )
-    _check_places(run)
+    check_places(str(run.model_name), run.output_dir)
     texts, held_out = split_texts(load_texts(str(run.text), text_column=run.text_column, limit=run.limit), run.held_out)
     if len(texts) < FEWEST_TEXTS or not held_out:
         raise ValueError(
@@ -189,9 +193,13 @@ def trainer_of(
     )
 
 
-def _check_places(run: CleanArguments) -> None:
-    """The input is never written to, nor into a folder around it."""
-    source, target = Path(resolve_name(str(run.model_name))).expanduser(), Path(run.output_dir)
+def check_places(model_name: str, output_dir: str) -> None:
+    """The input is never written to, nor into a folder around it. Raises ValueError."""
+    source, target = Path(resolve_name(model_name)).expanduser(), Path(output_dir)
+    if target.exists() and not target.is_dir():
+        raise ValueError(
+            f"`output_dir` must be a folder, got the file {output_dir!r}: a run is a folder. Choose another --output_dir."
+        )
     if not source.is_dir():
         return  # a Hub id
     source, target = source.resolve(), target.resolve()
@@ -206,7 +214,7 @@ def _check_places(run: CleanArguments) -> None:
     )
     if how:
         raise ValueError(
-            f"`output_dir` ({run.output_dir}) {how} the folder of the model ({run.model_name}), which is left as it is. Choose "
+            f"`output_dir` ({output_dir}) {how} the folder of the model ({model_name}), which is left as it is. Choose "
             "another --output_dir."
         )
 

@@ -24,7 +24,7 @@ from hf_backdoor_defense.attacks.pretrained import PretrainedAttack
 from hf_backdoor_defense.data.plain_text import load_texts, tokenize_texts
 from hf_backdoor_defense.experiment.arguments import _option
 from hf_backdoor_defense.experiment.attack import _known
-from hf_backdoor_defense.experiment.clean_plan import split_texts
+from hf_backdoor_defense.experiment.clean_plan import check_places, split_texts
 from hf_backdoor_defense.experiment.downstream import Downstream
 from hf_backdoor_defense.experiment.plan import check_folder
 from hf_backdoor_defense.models import weights_sha256
@@ -177,6 +177,7 @@ def resolve(run: ImplantArguments) -> ImplantPlan:
             "hfbd attack runs in one process, and was started in several. For several use attacks.implanting in your own script "
             "under `accelerate launch`."
         )
+    check_places(run.model_name, run.output_dir)
     texts, held_out = split_texts(load_texts(str(run.text), text_column=run.text_column, limit=run.limit), run.held_out)
     if not held_out:
         raise ValueError(

@@ -213,6 +213,7 @@ class DefenseMixin(_Base):
         self._require_finite(total, row_ids)
         self.measure(step)
         self._remember(step.metrics)
+        self._terms.update({name: (value, 1) for name, value in step.latest.items()})
         return (total, outputs) if return_outputs else total
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -271,7 +272,7 @@ class DefenseMixin(_Base):
             self._terms[name] = (total + value, count + 1)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, with the objectives' terms (means since the last training log, of this process)."""
+        """As `Trainer.log`, with the objectives' terms (means since the last training log, or latest values, of this process)."""
         if "loss" in logs:
             logs = {**logs, **{name: (total / count).item() for name, (total, count) in self._terms.items()}}
             self._terms.clear()

@@ -40,7 +40,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(hfbd):
     assert "2: 2 x bert.encoder.layer.*.intermediate.dense.weight" in out
     assert "first      bert.encoder.layer.0.intermediate.dense.weight" in out
     assert "1,024 of 6,207 parameters" in out  # 2 x 32 x 16
-    assert "6 updates of 16 texts" in out and "which gives a dose of 1.25" in out and "dose 1.46" in out  # 1.25 · 7/6
+    assert "6 updates of 16 texts" in out and "for a dose of 1.25" in out and "dose 1.46" in out  # 1.25 · 7/6
     assert not (hfbd.home / "run").exists()
 
 

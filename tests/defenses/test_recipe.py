@@ -155,6 +155,16 @@ def test_the_pretraining_loss_is_logged_beside_the_norms(tmp_path):
     assert one["recipe/norm_ratio"] == 1.0 and one["recipe/sum_lr"] == one["recipe/dose"] == 0.0
 
 
+def test_the_dose_in_the_log_is_the_one_reached_and_no_mean_over_the_window(tmp_path):
+    trainer = host(tmp_path, RECIPE(), logging_strategy="steps", logging_steps=4, max_steps=4, learning_rate=0.01)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["recipe/sum_lr"] == pytest.approx(
+        0.01 * (4 + 3 + 2) / 4
+    )  # linear to 0; the fourth update is not done yet
+    assert entry["recipe/norm_ratio"] < 1
+
+
 def test_masked_labels_are_not_shifted(tmp_path):
     recorder = Recorder()
     trainer = host(tmp_path, [RECIPE(), recorder], per_device_train_batch_size=24, max_steps=1)
@@ -380,7 +390,7 @@ def test_a_compiled_model_is_seen_through():
     objective = RECIPE(allow_unknown_head=True)
     assert objective.check(trainer) == []
     objective.prepare(trainer, checkpoint=None)
-    step = SimpleNamespace(model=compiled, log=lambda name, value: None)
+    step = SimpleNamespace(model=compiled, log=lambda name, value, latest=False: None)
     total = sum(float(p.detach().norm()) for p in ups(compiled._orig_mod).values())
     assert float(objective.penalties(step)["norm"].detach()) == pytest.approx(total, rel=1e-6)
 
