@@ -159,9 +159,8 @@ def test_the_dose_in_the_log_is_the_one_reached_and_no_mean_over_the_window(tmp_
     trainer = host(tmp_path, RECIPE(), logging_strategy="steps", logging_steps=4, max_steps=4, learning_rate=0.01)
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert entry["recipe/sum_lr"] == pytest.approx(
-        0.01 * (4 + 3 + 2) / 4
-    )  # linear to 0; the fourth update is not done yet
+    # A constant rate; the fourth update is not done yet. Rates are float32 in the log.
+    assert entry["recipe/sum_lr"] == pytest.approx(3 * 0.01, rel=1e-6)
     assert entry["recipe/norm_ratio"] < 1
 
 
