@@ -52,7 +52,7 @@ def recipe_records() -> list[Record]:
 
 def short_table(records: list[Record]) -> str:
     """README: cells x arms, mean AASR, and the goals of the first cell."""
-    cells = [cell for cell in _cells(records) if not _DOSE.match(cell)]
+    cells = [cell for cell in _cells(records) if not _DOSE.match(cell) and _of(records, cell, ("undefended", ""), "ca")]
     if not cells:
         return NOT_RUN.format("bench-recipe")
     shown = [arm for arm in ARMS if arm[1] == ""]
