@@ -1,10 +1,12 @@
 """RECIPE from end to end in small, over three seeds of attack, cleaning and fine-tuning: who still obeys a trigger?
 
-What holds: pre-training alone leaves the backdoor nearly as it was, and RECIPE at the same rate, steps and text takes most of
-it. What does not: pre-training alone costs the attack about ten points, not twenty, however long (an attack that it washed out
-would test nothing); and with BERT's own targets, the up-projections alone, RECIPE does nothing here, whether or not the rest
-trains: in two layers the backdoor lives in the attention and the down-projections. So the targets are those that the
-paper has for vision transformers.
+What holds: pre-training alone leaves most of the backdoor, and RECIPE with the same rate, steps and text takes most of it away
+(mean AASR of seeds 0 to 2: 88 %, 78 %, 36 %).
+
+What does not hold. Pre-training alone costs the attack ten points and not twenty: twice the steps took no more, and an attack
+that plain training washes out would test nothing. And with BERT's own targets, the up-projections alone, RECIPE is no better
+than pre-training alone here (seed 100, everything or only the targets trained): in two layers enough of the backdoor lives in
+the other matrices. So the targets are those that the paper has for vision transformers.
 """
 
 import numpy as np
@@ -14,7 +16,7 @@ from hf_backdoor_defense.defenses.recipe import RECIPE
 from tests.experiment import small_encoder
 
 SEEDS = (0, 1, 2)
-pytestmark = pytest.mark.timeout(900)  # a minute and a half on two idle cores
+pytestmark = pytest.mark.timeout(900)  # some two minutes on two idle cores
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,7 @@ def found(texts, base, tmp_path_factory):
             figures[name].setdefault(arm, []).append(value)
 
     for seed in SEEDS:
+        tested("clean", base[0], tmp_path_factory.mktemp("clean"), seed)
         poisoned = tmp_path_factory.mktemp("poisoned")
         attacks.append(small_encoder.attack(base[0], poisoned, texts, seed=seed))
         tested("poisoned", poisoned, poisoned, seed)
@@ -81,6 +84,9 @@ def test_both_kinds_of_pre_training_get_the_same_dose_and_one_shrinks(found):
 def test_recipe_removes_what_pre_training_leaves(found):
     aasr = found[0]["aasr"]
     print({arm: values.round(3).tolist() for arm, values in aasr.items()})
+    assert (
+        aasr["poisoned"] >= aasr["clean"] + 0.4
+    ).all()  # triggers mean nothing to a clean model: its AASR is the floor
     assert (aasr["poisoned"] >= aasr["pre-training"]).all()
     assert (aasr["pre-training"] >= aasr["RECIPE"] + 0.2).all()
 
