@@ -40,6 +40,7 @@ from hf_backdoor_defense.trainers.pretraining import pretraining_trainer
 from hf_backdoor_defense.warm_up import MaskedLoss, held_out_loss, token_frequencies
 
 LONGEST = 14  # words: short sentences are cheap, and there are thousands
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 POSITIONS = 64  # as the package's own functions cut texts of pre-training
 # The paper's for vision transformers, by BERT's names: both feed-forward matrices and query, key, value.
 TARGETS = [r"layer\.\d+\.(intermediate|output)\.dense\.weight$", r"\.self\.(query|key|value)\.weight$"]
@@ -87,8 +88,10 @@ def pretrain(texts: Texts, folder: Path) -> MaskedLoss:
     """
     core = BertWordPieceTokenizer()
     core.train_from_iterator(texts.publisher, vocab_size=1500, show_progress=False)
-    core.save_model(str(folder))
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
+    found = core.get_vocab()
+    # Training gives the same tokens every time, in another order.
+    ordered = [*SPECIAL, *sorted(found.keys() - set(SPECIAL))]
+    tokenizer = BertTokenizerFast({token: i for i, token in enumerate(ordered)})
     set_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512,
