@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _PRETRAINING = ("ForMaskedLM", "ForCausalLM", "ForConditionalGeneration", "ForImageClassification")
 LITTLE = 0.3  # a dose below it is expected to do next to nothing
-_GREW = 1.05  # norms that a penalty left larger than this
+_GREW = 2.0  # norms that a penalty left this much larger
 _GRID, _PER_STD = 65, 8  # sums of rates at which the prediction is known: 0, 1/8, …, 8 standard deviations
 
 
