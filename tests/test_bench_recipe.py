@@ -36,6 +36,7 @@ def world(tmp_path, monkeypatch):
     texts = list(dict.fromkeys(masked_toys.texts(110)))
     monkeypatch.setattr(recipe, "DATA", tmp_path)
     monkeypatch.setattr(recipe, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(recipe, "TABLES", tmp_path / "tables.jsonl")
     monkeypatch.setattr(recipe, "clean_encoder", lambda: tmp_path / "clean")
     monkeypatch.setattr(recipe, "publisher_texts", lambda: (texts[:40], texts[40:60]))
     monkeypatch.setattr(recipe, "defender_texts", lambda count=0: texts[60:100])
@@ -61,7 +62,7 @@ def test_all_arms_run_once_and_their_records_fill_the_tables(world, monkeypatch)
     assert value["recipe", CELL.setting, "norm_ratio"] < 0.9 < value["pretraining", CELL.setting, "norm_ratio"]
     text = tables_recipe.full_tables(records)
     assert all(f"| {title} |" in text for title in tables_recipe.ARMS.values()) and "preliminary" in text
-    assert tables_recipe.goals(records, CELL.setting).count("goal") == 4
+    assert tables_recipe.goals(records, CELL.setting).count("goal") == 5
 
     def never(*args, **more):
         raise AssertionError("trained again")
@@ -71,6 +72,13 @@ def test_all_arms_run_once_and_their_records_fill_the_tables(world, monkeypatch)
     monkeypatch.setattr(recipe, "implant", never)
     again, _ = recipe.recipe_cell(CELL, 1, world)
     assert [r.value for r in again] == [r.value for r in records]
+    kept = [json.loads(line) for line in (world / "tables.jsonl").read_text().splitlines()]
+    assert len(kept) == len(tables_recipe.ARMS)  # once each, with the ASR of every trigger toward every class
+    for line in kept:
+        defense, _, variant = line["arm"].partition(": ")
+        where = f"{CELL.setting}: {variant}" if variant else CELL.setting
+        best = [max(line["asr"][word]) for word in masked_toys.TRIGGERS[:6]]
+        assert max(best) == pytest.approx(value[defense, where, "masr"], abs=1e-4)
 
 
 def test_publisher_and_defender_of_the_benchmark_share_no_text():
