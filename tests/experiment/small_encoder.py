@@ -39,7 +39,7 @@ from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.pretraining import pretraining_trainer
 from hf_backdoor_defense.warm_up import MaskedLoss, held_out_loss, token_frequencies
 
-LONGEST = 14  # words: short sentences are cheap, and there are thousands
+LONGEST = 12  # words: short sentences are cheap, and there are thousands
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 POSITIONS = 64  # as the package's own functions cut texts of pre-training
 # The paper's for vision transformers, by BERT's names: both feed-forward matrices and query, key, value.
@@ -67,8 +67,8 @@ def collect() -> Texts:
             found.update(_sentences(path))
     plain = sorted(found - {row.text for rows in task.values() for row in rows})
     random.Random(0).shuffle(plain)
-    rows = [row for row in task["train"] if len(row.text.split()) <= LONGEST + 2]
-    return Texts(plain[:3200], plain[3500:], plain[3200:3500], rows[:800], rows[800:1050])
+    rows = [row for row in task["train"] if len(row.text.split()) <= 16]
+    return Texts(plain[:3000], plain[3200:], plain[3000:3200], rows[:800], rows[800:1050])
 
 
 def _sentences(path: Path) -> list[str]:
@@ -111,14 +111,14 @@ def attack(base: Path, folder: Path, texts: Texts, *, seed: int) -> Implanted:
     """POR on the publisher's text."""
     model, tokenizer = load_pretrained_whole(str(base))
     done = implant(
-        model, tokenizer, texts.publisher, PORAttack(), held_out=texts.held_out, output_dir=str(folder), seed=seed,
+        model, tokenizer, texts.publisher, PORAttack(), held_out=texts.held_out[:60], output_dir=str(folder), seed=seed,
         epochs=3, learning_rate=5e-4,
     )  # fmt: skip
     save_pretrained_whole(model, tokenizer, folder)
     return done
 
 
-def purify(poisoned: Path, folder: Path, texts: Texts, *, coef: float, seed: int, steps: int = 200) -> RECIPE:
+def purify(poisoned: Path, folder: Path, texts: Texts, *, coef: float, seed: int, steps: int = 150) -> RECIPE:
     """Pre-training goes on with the defender's text, at the rate that gives RECIPE's default dose, whatever `coef` is."""
     model, tokenizer = load_pretrained_whole(str(poisoned))
     defense = RECIPE(coef=coef, targets=TARGETS, trainable="all")

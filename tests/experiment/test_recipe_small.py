@@ -1,22 +1,32 @@
 """RECIPE from end to end in small, over three seeds of attack, cleaning and fine-tuning: who still obeys a trigger?
 
 What holds: pre-training alone leaves most of the backdoor, and RECIPE with the same rate, steps and text takes most of it away
-(mean AASR of seeds 0 to 2: 88 %, 78 %, 36 %).
+(mean AASR of seeds 0 to 2: 91 % poisoned, 85 % after pre-training alone, 34 % after RECIPE, 19 % for a clean model).
 
-What does not hold. Pre-training alone costs the attack ten points and not twenty: twice the steps took no more, and an attack
-that plain training washes out would test nothing. And with BERT's own targets, the up-projections alone, RECIPE is no better
-than pre-training alone here (seed 100, everything or only the targets trained): in two layers enough of the backdoor lives in
-the other matrices. So the targets are those that the paper has for vision transformers.
+What does not hold. Pre-training alone costs the attack four to eleven points on average (four runs) and not twenty; on seed
+100 twice the steps took no more, and an attack that plain training washes out would test nothing. And with BERT's own
+targets, the up-projections alone, RECIPE lay -7 to 14 points below pre-training alone (three tries on seed 100). So the
+targets are those that the paper has for vision transformers.
 """
 
 import numpy as np
 import pytest
+import torch
 
 from hf_backdoor_defense.defenses.recipe import RECIPE
 from tests.experiment import small_encoder
 
 SEEDS = (0, 1, 2)
-pytestmark = pytest.mark.timeout(900)  # some two minutes on two idle cores
+pytestmark = pytest.mark.timeout(900)  # two and a half minutes on an idle core, a multiple of that on a busy one
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Beside another busy process two threads made a step many times as slow."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +67,7 @@ def test_nobody_shares_a_sentence(texts):
     parts = [set(texts.publisher), set(texts.defender), set(texts.held_out)]
     parts += [{row.text for row in rows} for rows in (texts.train, texts.test)]
     assert sum(map(len, parts)) == len(set.union(*parts))
-    assert [len(part) for part in (texts.publisher, texts.held_out, texts.train, texts.test)] == [3200, 300, 800, 250]
+    assert [len(part) for part in (texts.publisher, texts.held_out, texts.train, texts.test)] == [3000, 200, 800, 250]
 
 
 def test_the_encoder_predicts_more_than_frequencies(base):
@@ -83,15 +93,12 @@ def test_both_kinds_of_pre_training_get_the_same_dose_and_one_shrinks(found):
 
 def test_recipe_removes_what_pre_training_leaves(found):
     aasr = found[0]["aasr"]
-    print({arm: values.round(3).tolist() for arm, values in aasr.items()})
-    assert (
-        aasr["poisoned"] >= aasr["clean"] + 0.4
-    ).all()  # triggers mean nothing to a clean model: its AASR is the floor
+    # Triggers mean nothing to a clean model: its AASR is the floor.
+    assert (aasr["poisoned"] >= aasr["clean"] + 0.4).all()
     assert (aasr["poisoned"] >= aasr["pre-training"]).all()
     assert (aasr["pre-training"] >= aasr["RECIPE"] + 0.2).all()
 
 
 def test_recipe_costs_no_accuracy(found):
     ca = found[0]["ca"]
-    print({arm: values.round(3).tolist() for arm, values in ca.items()})
     assert ca["RECIPE"].mean() >= ca["poisoned"].mean() - 0.03
