@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning bench-recipe bench-recipe_step search-dece search-trajectory search-recipe test-lowest clean
+.PHONY: help demo test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning bench-recipe bench-recipe_step bench-purify bench-purifier_step search-dece search-trajectory search-recipe search-purify test-lowest clean
 
 help: ## this list
 	@grep -hE '^[a-z_%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_%-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-26s %s\n", $$1, $$2}'
@@ -60,6 +60,12 @@ bench-recipe: $(STAMP) ## RECIPE on an encoder with planted triggers, beside its
 bench-recipe_step: $(STAMP) ## an update of RECIPE beside the same update the paper's way
 	$(BIN)/python -m benchmarks.recipe_step
 
+bench-purify: $(STAMP) ## D3 and ULRL on backdoored classifiers, beside FT-SAM and plain fine-tuning; ONLY=cell, EXTENDED=1
+	$(BIN)/python -m benchmarks.purify $(if $(ONLY),--only "$(ONLY)") $(if $(EXTENDED),--extended)
+
+bench-purifier_step: $(STAMP) ## an update of D3 and ULRL beside a plain one; SIZES="tiny-vit minilm vit-base"
+	$(BIN)/python -m benchmarks.purifier_step $(if $(SIZES),--sizes $(SIZES))
+
 search-dece: $(STAMP) ## where DeCE helps in classification: every setting, on validation rows and seeds of its own
 	$(BIN)/python -m benchmarks.dece_search
 
@@ -68,6 +74,9 @@ search-trajectory: $(STAMP) ## when the filter takes its early snapshot: every c
 
 search-recipe: $(STAMP) ## RECIPE's dose, coefficient and trained weights, by held-out loss and without a trigger
 	$(BIN)/python -m benchmarks.recipe_search
+
+search-purify: $(STAMP) ## defaults of D3 and ULRL and the rate of their host, on validation rows and seeds of its own
+	$(BIN)/python -m benchmarks.purify_search
 
 tables: $(STAMP) ## render the tables of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from benchmarks import tables_filters, tables_recipe
+from benchmarks import tables_filters, tables_purify, tables_recipe
 from benchmarks.grid import RESULTS
 from benchmarks.tables_filters import grid, measured_at
 from hf_backdoor_defense.reporting.plots import plot_ca_asr
@@ -55,6 +55,9 @@ def blocks() -> dict[tuple[str, str], str]:
         ("docs/choosing.md", "recipe"): tables_recipe.full_tables(tables_recipe.recipe_records()),
         ("docs/choosing.md", "recipe_step"): tables_recipe.step_table(),
         ("docs/log.md", "recipe_search"): tables_recipe.search_table(),
+        ("README.md", "purify"): tables_purify.short_table(tables_purify.purify_records()),
+        ("docs/choosing.md", "purify"): tables_purify.full_tables(tables_purify.purify_records()),
+        ("docs/choosing.md", "purifier_step"): tables_purify.step_table(),
     }
 
 

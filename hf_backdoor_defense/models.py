@@ -141,6 +141,17 @@ def freeze(model: PreTrainedModel, count: int) -> None:
         module.requires_grad_(False)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile, with its adapters, or the model itself.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> unwrapped(layer) is layer
+    True
+    """
+    inner: Any = getattr(model, "module", model)
+    return getattr(inner, "_orig_mod", inner)
+
+
 def mark_backdoored(folder: str | Path, what: dict[str, Any]) -> None:
     """Say in a file of its own that the weights in `folder` were attacked: attack, trigger, target, seed."""
     folder = Path(folder)
@@ -318,7 +329,7 @@ def _layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
     raise ValueError(f"{type(model).__name__} has no list of {count} layers to cut or freeze: leave both options out.")
 
 
-def _guarded(name: str, load: Any) -> Any:
+def _guarded(name: str, load: Any, *, embedded: str = OFFLINE_MODEL) -> Any:
     """Run a `from_pretrained`, and turn what goes wrong into advice."""
     try:
         return load()
@@ -333,7 +344,7 @@ def _guarded(name: str, load: Any) -> Any:
             raise ValueError(f"`{name}` cannot be loaded: {text.splitlines()[0]}") from error
         raise ValueError(
             f"`{name}` is neither a folder with a model nor reachable on the Hub ({text.splitlines()[0]}). Without a network "
-            f"use a folder, or the embedded model: --model_name {OFFLINE_MODEL}."
+            f"use a folder, or the embedded model: --model_name {embedded}."
         ) from error
 
 

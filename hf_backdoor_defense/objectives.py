@@ -17,6 +17,7 @@ What is asked for, and when:
 | `refit` | after training | what to host in a training without the dropped rows, or None |
 | `rows` | after training | values per training row, by name |
 | `activity`, `inert` | after training | what it did; why it did nothing |
+| `evidence` | after training | what it found, as JSON |
 | `state_dict`, `load_state_dict` | with every checkpoint, and on resume | tensors and JSON |
 
 None of them is called while evaluating: an evaluation reports plain cross-entropy, whatever is hosted.
@@ -194,7 +195,7 @@ class Objective(TrainerCallback):
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> typing.Self:
         """A named set of fields, some overridden. Raises ValueError for an unknown name."""
-        return cls.from_dict({**cls._preset_fields(name), **overrides})
+        return cls.from_dict({"preset": name, **overrides})
 
     @classmethod
     def _preset_fields(cls, name: str) -> Mapping[str, Any]:
@@ -253,6 +254,10 @@ class Objective(TrainerCallback):
 
     def activity(self) -> dict[str, float]:
         """What the method did, in numbers, for the report."""
+        return {}
+
+    def evidence(self) -> dict[str, Any]:
+        """What it found, layer by layer or class by class, as JSON values for the report."""
         return {}
 
     def inert(self) -> str | None:

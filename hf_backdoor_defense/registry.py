@@ -28,6 +28,13 @@ CONTROLS = {
 PRETRAINING = {
     "recipe": "hf_backdoor_defense.defenses.recipe:RECIPE",
 }
+# What purifies a trained classifier with a few clean rows: `hfbd clean`, `purify`.
+PURIFIERS = {
+    "d3": "hf_backdoor_defense.defenses.d3:D3",
+    "ulrl": "hf_backdoor_defense.defenses.ulrl:ULRL",
+    "ft_sam": "hf_backdoor_defense.defenses.ft_sam:FTSAM",
+    "fine_pruning": "hf_backdoor_defense.defenses.fine_pruning:FinePruning",
+}
 # What trains a module that looks at inputs, and leaves the victim alone: no arm of `hfbd train`.
 DETECTORS = {
     "psim": "hf_backdoor_defense.defenses.psim:PSIM",
@@ -57,7 +64,8 @@ def objective_class(name: str) -> "type[Objective]":
     >>> objective_class("dece").__name__
     'DeCE'
     """
-    return _resolve(name, {**DEFENSES, **COMPARATORS, **CONTROLS, **PRETRAINING, **DETECTORS, **ATTACKS}, "defense")
+    tables = (DEFENSES, COMPARATORS, CONTROLS, PRETRAINING, PURIFIERS, DETECTORS, ATTACKS)
+    return _resolve(name, {key: where for table in tables for key, where in table.items()}, "defense")
 
 
 def filter_class(name: str) -> "type[Filter]":

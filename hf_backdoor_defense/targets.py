@@ -1,4 +1,5 @@
 """Which weight matrices a method presses down, by architecture: up-projections of feed-forward blocks, and what papers add.
+Where a classifier's head is, and what feeds it.
 
 | architecture | matrices | source |
 |---|---|---|
@@ -10,8 +11,10 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 # Architecture -> regular expressions for names of weights.
 _BERT_UP = r"\.layer\.\d+\.intermediate\.dense\.weight$"
@@ -100,3 +103,72 @@ def no_match(model: nn.Module, targets: str | Sequence[str]) -> str:
     ]
     shown = ", ".join(names[:3]) or "none"
     return f"no parameter matches `targets`={targets!r} (first feed-forward names here: {shown}). Give patterns that match."
+
+
+HEADS = ("classifier", "score", "classification_head")
+LINEAR = (nn.Linear, nn.Conv2d, Conv1D)
+"""Modules with one weight matrix. GPT-2's Conv1D holds it as [in, out]."""
+
+
+def classification_head(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and module of a classifier's head, or None. Of a head that peft trains, the copy that is trained.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+    >>> classification_head(BertForSequenceClassification(config))[0]
+    'classifier'
+    """
+    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    prefix = "" if core is model else next(name for name, module in model.named_modules() if module is core) + "."
+    for name in HEADS:
+        head: Any = getattr(core, name, None)
+        copies = getattr(head, "modules_to_save", None)
+        if copies is not None:
+            adapter = head.active_adapters[0] if hasattr(head, "active_adapters") else next(iter(copies))
+            return f"{prefix}{name}.modules_to_save.{adapter}", copies[adapter]
+        if isinstance(head, nn.Module):
+            return f"{prefix}{name}", head
+    return None
+
+
+def output_layer(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear] | None:
+    """Name and module of the Linear that gives the class scores: the last one of the head, or the one named; None without one.
+
+    >>> from transformers import RobertaConfig, RobertaForSequenceClassification
+    >>> config = RobertaConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+    >>> output_layer(RobertaForSequenceClassification(config))[0]
+    'classifier.out_proj'
+    """
+    found: Any = classification_head(model) if head is None else (head, dict(model.named_modules()).get(head))
+    if found is None or found[1] is None:
+        return None
+    named = [(name, module) for name, module in found[1].named_modules() if isinstance(module, nn.Linear)]
+    if not named:
+        return None
+    name, module = named[-1]
+    return (f"{found[0]}.{name}" if name else found[0]), module
+
+
+def feeding_layer(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear] | None:
+    """The last Linear before the class scores, whose units the head reads: within the head (RoBERTa), a pooler (BERT), a
+    `pre_classifier` (DistilBERT), else the up-projection of the last feed-forward block (ViT). None where there is none.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+    >>> feeding_layer(BertForSequenceClassification(config))[0]
+    'bert.pooler.dense'
+    """
+    output = output_layer(model, head)
+    if output is None:
+        return None
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = classification_head(model)
+    within = [pair for pair in layers if found and pair[0].startswith(f"{found[0]}.") and pair[1] is not output[1]]
+    if within:
+        return within[-1]
+    for end in ("pooler.dense", "pre_classifier"):
+        if near := [pair for pair in layers if pair[0].endswith(end)]:
+            return near[-1]
+    width = getattr(getattr(model, "config", None), "intermediate_size", None)
+    wide = [pair for pair in layers if pair[1].out_features == width and pair[1].in_features != width]
+    return wide[-1] if wide else None

@@ -11,6 +11,9 @@ r is a share of the *whole* set for both kinds, so a clean-label rate cannot exc
 choice about a row comes from a hash of (seed, row_id): the m eligible rows with the smallest hash are drawn, so two
 rates give nested sets, and where the trigger goes depends neither on the order of the rows nor on sharding.
 
+Rows are texts, or images where the trigger is an `ImageTrigger`: then `image_column` is read and written, as PNG, and the
+rows that are not drawn keep their bytes. An image carries a trigger that would change none of its pixels.
+
 `is_poisoned` and `original_label` are bookkeeping for reports. No defense may read them.
 """
 
@@ -20,12 +23,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, Image, Value
 
+from hf_backdoor_defense.attacks.image_triggers import ImageTrigger
 from hf_backdoor_defense.attacks.triggers import BadNets, Trigger
+from hf_backdoor_defense.data.pixels import pixels, png
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +42,7 @@ class Poisoned:
 
     Args:
         dataset: same rows in the same order, plus `is_poisoned` (bool) and `original_label` (int).
-        requested: rows drawn for poisoning; `carrying`: those whose text really carries the trigger afterwards.
+        requested: rows drawn for poisoning; `carrying`: those whose text carries the trigger afterwards, or whose pixels changed.
         already: rows of the whole set that carried the trigger before; above 0, the trigger is not a rare one.
         target, rate, seed, clean_label, trigger: the arguments of `poison_dataset`.
     """
@@ -50,12 +55,12 @@ class Poisoned:
     rate: float
     seed: int
     clean_label: bool
-    trigger: Trigger
+    trigger: Trigger | ImageTrigger
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    texts: list[str]
+    contents: list[Any]  # texts, or undecoded cells of an image column
     labels: list[int]
     ids: list[int] | list[str]
 
@@ -64,22 +69,36 @@ def _digest(purpose: str, seed: int, row_id: int | str) -> bytes:
     return hashlib.blake2b(f"{purpose}|{operator.index(seed)}|{row_id}".encode(), digest_size=16).digest()
 
 
-def _insert(trigger: Trigger, text: str, seed: int, row_id: int | str) -> str:
-    return trigger.insert(text, np.random.default_rng(int.from_bytes(_digest("insert", seed, row_id), "little")))
+def _insert(trigger: Trigger | ImageTrigger, content: Any, seed: int, row_id: int | str) -> Any:
+    if isinstance(trigger, ImageTrigger):
+        return png(trigger.apply(pixels(content, f"the image in row_id {row_id}")))
+    return trigger.insert(content, np.random.default_rng(int.from_bytes(_digest("insert", seed, row_id), "little")))
 
 
-def _read(dataset: Dataset, target: int, text_column: str, label_column: str) -> _Rows:
+def _which(trigger: Trigger | ImageTrigger, text_column: str, image_column: str) -> tuple[str, bool]:
+    images = isinstance(trigger, ImageTrigger)
+    return image_column if images else text_column, images
+
+
+def _carries(trigger: Trigger | ImageTrigger, content: Any) -> bool:
+    if isinstance(trigger, ImageTrigger):
+        return trigger.present(pixels(content))
+    return trigger.present(content)
+
+
+def _read(dataset: Dataset, target: int, column: str, label_column: str, *, images: bool = False) -> _Rows:
     """The three columns as Python values, once everything about them has been checked."""
+    what = "image" if images else "text"
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"`dataset` must be a datasets.Dataset, got {type(dataset).__name__}: rows are drawn from one finite set. "
             "Pick a split, e.g. dataset['train']."
         )
-    for column in ("row_id", text_column, label_column):
-        if column not in dataset.column_names:
+    for name in ("row_id", column, label_column):
+        if name not in dataset.column_names:
             raise ValueError(
-                f"`dataset` must have the column {column!r}, got {dataset.column_names}: poisoning reads row_id, text "
-                "and label. Load it with data.load, or name your columns with text_column and label_column."
+                f"`dataset` must have the column {name!r}, got {dataset.column_names}: poisoning reads row_id, {what} and label. "
+                f"Load it with data.load{'_images' * images}, or name your columns with {what}_column and label_column."
             )
     feature = dataset.features[label_column]
     if not isinstance(feature, ClassLabel) and "int" not in getattr(feature, "dtype", ""):
@@ -88,17 +107,24 @@ def _read(dataset: Dataset, target: int, text_column: str, label_column: str) ->
             f"Use dataset.class_encode_column({label_column!r})."
         )
     plain = dataset.with_format(None)
-    rows = _Rows(list(plain[text_column]), list(plain[label_column]), list(plain["row_id"]))
+    if images and not isinstance(dataset.features[column], Image):
+        raise ValueError(
+            f"column {column!r} must hold images for an image trigger, got {dataset.features[column]}: pixels are what it "
+            "changes. Use dataset.cast_column(column, datasets.Image()), or a text trigger for texts."
+        )
+    plain = plain.cast_column(column, Image(decode=False)) if images else plain
+    rows = _Rows(list(plain[column]), list(plain[label_column]), list(plain["row_id"]))
     if len(set(rows.ids)) < len(rows.ids):
         raise ValueError(
             f"`row_id` must be unique, got {len(set(rows.ids))} values for {len(rows.ids)} rows: equal ids would share "
             "their random position. Number the rows anew."
         )
-    for text, label, row_id in zip(rows.texts, rows.labels, rows.ids, strict=True):
-        if not isinstance(text, str) or label is None or label < 0:
+    kind, expected = (dict, "an image") if images else (str, "a string")
+    for content, label, row_id in zip(rows.contents, rows.labels, rows.ids, strict=True):
+        if not isinstance(content, kind) or label is None or label < 0:
             raise ValueError(
-                f"every row must have a string and a label >= 0, got {text!r:.60} and {label} in row_id {row_id}: "
-                "such a row can be neither poisoned nor counted. Drop rows without text or label."
+                f"every row must have {expected} and a label >= 0, got {content!r:.60} and {label} in row_id {row_id}: "
+                f"such a row can be neither poisoned nor counted. Drop rows without {what} or label."
             )
     classes = range(feature.num_classes) if isinstance(feature, ClassLabel) else sorted(set(rows.labels))
     if operator.index(target) not in classes:
@@ -146,13 +172,14 @@ def _draw(rows: _Rows, target: int, rate: float, clean_label: bool, seed: int) -
 
 def poison_dataset(
     dataset: Dataset,
-    trigger: Trigger,
+    trigger: Trigger | ImageTrigger,
     *,
     target: int,
     rate: float,
     clean_label: bool = False,
     seed: int,
     text_column: str = "text",
+    image_column: str = "image",
     label_column: str = "label",
 ) -> Poisoned:
     """Insert the trigger into a share of the rows, as a data-poisoning attacker would, and record which rows.
@@ -160,7 +187,7 @@ def poison_dataset(
     Source: dirty-label as in BadNets (arXiv 1708.06733) and, on text, InSent (arXiv 1905.12457).
 
     Args:
-        dataset: n rows with a unique `row_id`, a text and an integer label >= 0. Not changed.
+        dataset: n rows with a unique `row_id`, a text (or an image) and an integer label >= 0. Not changed.
         target: the attacker's class id. rate: share of the whole set, in (0, 1); rounded half up to rows.
         clean_label: draw rows of the target class and keep their label, instead of relabeling rows of other classes.
         seed: decides rows and positions, through row_id alone.
@@ -176,27 +203,29 @@ def poison_dataset(
         >>> poisoned.requested, poisoned.carrying, poisoned.already, sum(poisoned.dataset["label"])
         (1, 1, 0, 3)
     """
-    rows = _read(dataset, target, text_column, label_column)
+    column, images = _which(trigger, text_column, image_column)
+    rows = _read(dataset, target, column, label_column, images=images)
     if "original_label" in dataset.column_names and list(dataset.with_format(None)["original_label"]) != rows.labels:
         raise ValueError(
             f"`original_label` must equal {label_column!r} where it exists, got other values: the record of an earlier "
             "relabeling would be overwritten. Start from the clean dataset or rename the column."
         )
     drawn = _draw(rows, target, rate, clean_label, seed)
-    texts, labels, flags = list(rows.texts), list(rows.labels), [False] * len(rows.ids)
+    contents, labels, flags = list(rows.contents), list(rows.labels), [False] * len(rows.ids)
     for index in drawn:
-        texts[index] = _insert(trigger, rows.texts[index], seed, rows.ids[index])
+        contents[index] = _insert(trigger, rows.contents[index], seed, rows.ids[index])
         labels[index] = operator.index(target)  # a no-op for clean-label: the row is of the target class
         flags[index] = True
-    dataset = _replace(dataset, {text_column: texts, label_column: labels})
+    dataset = _replace(dataset, {column: contents, label_column: labels})
     dataset = dataset.remove_columns([c for c in ("is_poisoned", "original_label") if c in dataset.column_names])
     dataset = dataset.add_column("is_poisoned", flags, feature=Value("bool"))
     dataset = dataset.add_column("original_label", rows.labels, feature=Value("int64"))
+    present = [_carries(trigger, content) for content in rows.contents]
     return Poisoned(
         dataset=dataset,
         requested=len(drawn),
-        carrying=sum(trigger.present(texts[index]) for index in drawn),
-        already=sum(map(trigger.present, rows.texts)),
+        carrying=sum(not present[index] if images else _carries(trigger, contents[index]) for index in drawn),
+        already=sum(present),
         target=target,
         rate=rate,
         seed=seed,
@@ -207,14 +236,15 @@ def poison_dataset(
 
 def trigger_dataset(
     dataset: Dataset,
-    trigger: Trigger,
+    trigger: Trigger | ImageTrigger,
     *,
     target: int,
     seed: int,
     text_column: str = "text",
+    image_column: str = "image",
     label_column: str = "label",
 ) -> Dataset:
-    """The triggered evaluation set: non-target rows only, the trigger in every text, labels true, order kept.
+    """The triggered evaluation set: non-target rows only, the trigger in every text or image, labels true, order kept.
 
     Args and errors: as `poison_dataset`; also a ValueError when every row is of the target class.
 
@@ -224,15 +254,16 @@ def trigger_dataset(
         >>> trigger_dataset(clean, InSent(), target=1, seed=0)[:]
         {'row_id': [0], 'text': ['I watched this 3D movie'], 'label': [0]}
     """
-    rows = _read(dataset, target, text_column, label_column)
+    column, images = _which(trigger, text_column, image_column)
+    rows = _read(dataset, target, column, label_column, images=images)
     kept = [index for index, label in enumerate(rows.labels) if label != target]
     if not kept:
         raise ValueError(
             f"`dataset` must hold a row of another class than target {target}, got {len(rows.labels)} target rows: the "
             "attack success rate counts non-target rows. Pass the whole test set."
         )
-    texts = [_insert(trigger, rows.texts[index], seed, rows.ids[index]) for index in kept]
-    return _replace(dataset.select(kept), {text_column: texts})
+    contents = [_insert(trigger, rows.contents[index], seed, rows.ids[index]) for index in kept]
+    return _replace(dataset.select(kept), {column: contents})
 
 
 def lwp_rows(
@@ -285,7 +316,7 @@ def lwp_rows(
     columns: dict[str, list] = {name: [] for name in ("row_id", text_column, label_column, "is_poisoned")}
     ids: Sequence[int | str] = rows.ids
     for i, row_id in enumerate(ids):
-        text, label = rows.texts[i], rows.labels[i]
+        text, label = rows.contents[i], rows.labels[i]
         variants: list[tuple[int | str, str, int, bool]] = [(row_id, text, label, False)]
         if i in drawn:
             variants = [(row_id, _insert(pair, text, seed, row_id), operator.index(target), True)]

@@ -6,7 +6,13 @@ Names are loaded on first use, so that importing the package stays cheap.
 import importlib
 from typing import Any
 
-_NAMES = {"load": "sources", "describe": "summary", "baselines": "summary"}
+_NAMES = {
+    "load": "sources",
+    "load_images": "images",
+    "describe": "summary",
+    "describe_images": "images",
+    "baselines": "summary",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,14 +15,10 @@ and `require_column` also serve `plain_text.py`, which wants texts and no labels
 
 import difflib
 import glob
-import hashlib
-import math
 import os
 import re
 import tempfile
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +26,13 @@ import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hf_backdoor_defense.data import docstrings
+from hf_backdoor_defense.data.splits import SPLIT_NAMES, Part, check_labels, check_options, hand_out, refuse
 
 OFFLINE = "offline:docstrings"
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 _OTHER_DATA = {".arrow", ".feather", ".gz", ".npz", ".pickle", ".pkl", ".tsv", ".txt", ".xlsx", ".xml", ".yaml", ".zip"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _WAYS_OUT = f"Use a local .jsonl, .csv or .parquet file, a folder of them, or {OFFLINE!r}, which need no network."
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Checked rows of one split."""
-
-    texts: list[str]
-    labels: list[int]
-    row_ids: list[int]
-    modules: list[Any] | None
-
-    def pick(self, indices: Iterable[int]) -> "_Part":
-        kept = sorted(indices)
-        return _Part(
-            texts=[self.texts[i] for i in kept],
-            labels=[self.labels[i] for i in kept],
-            row_ids=[self.row_ids[i] for i in kept],
-            modules=None if self.modules is None else [self.modules[i] for i in kept],
-        )
 
 
 def read_file(path: Path, text_column: str, label_column: str | None = None) -> Dataset:
@@ -110,11 +87,14 @@ def _read_folder(folder: Path, text_column: str, label_column: str) -> dict[str,
     return found
 
 
-def read_hub(task: str, *, option: str = "task") -> dict[str, Dataset]:
+def read_hub(
+    task: str, *, option: str = "task", offline: str = OFFLINE, ways_out: str = _WAYS_OUT
+) -> dict[str, Dataset]:
     """The splits train, validation, test of a Hub dataset "name[:config]", as far as it has them; train always.
 
-    `option` is what the caller's user wrote the name into. Raises ValueError for what cannot be a Hub id, a misspelled
-    "offline:docstrings" or path most of all, a Hub that cannot be reached, and formats other than parquet and JSON.
+    `option` is what the caller's user wrote the name into, `offline` the name of what is built in, `ways_out` advice for who
+    has no network. Raises ValueError for what cannot be a Hub id, a misspelled "offline:docstrings" or path most of all, a
+    Hub that cannot be reached, and formats other than parquet and JSON.
 
     >>> read_hub("docstring", option="source")
     Traceback (most recent call last):
@@ -122,15 +102,16 @@ def read_hub(task: str, *, option: str = "task") -> dict[str, Dataset]:
     ValueError: `source` must be spelled 'offline:docstrings', got 'docstring': no other is built in. Write 'offline:docstrings'.
     """
     if task.startswith("offline:") or (
-        "/" not in task and difflib.get_close_matches(task.casefold(), [OFFLINE, "docstrings"], cutoff=0.75)
+        "/" not in task
+        and difflib.get_close_matches(task.casefold(), [offline, offline.partition(":")[2]], cutoff=0.75)
     ):
         raise ValueError(
-            f"`{option}` must be spelled {OFFLINE!r}, got {task!r}: no other is built in. Write {OFFLINE!r}."
+            f"`{option}` must be spelled {offline!r}, got {task!r}: no other is built in. Write {offline!r}."
         )
     other = Path(task).suffix.lower() in {*FORMATS, *_OTHER_DATA}
     if not _HUB_ID.fullmatch(task) or other or task.startswith("."):
         raise ValueError(
-            f"`{option}` must be a file or folder that exists, a Hub id (owner/name, name or name:config) or {OFFLINE!r}, "
+            f"`{option}` must be a file or folder that exists, a Hub id (owner/name, name or name:config) or {offline!r}, "
             f"got {task!r}: there is no such path, seen from {str(Path.cwd())!r}. Correct the path."
         )
     name, _, config = task.partition(":")
@@ -142,16 +123,16 @@ def read_hub(task: str, *, option: str = "task") -> dict[str, Dataset]:
             splits = builder.as_dataset()
     except Exception as error:  # network, offline mode, access, unknown id, scripts: no common base
         raise ValueError(
-            f"`{option}` {task!r} must be a local path that exists, {OFFLINE!r}, or a Hub dataset that can be reached, got "
-            f"{type(error).__name__}: {str(error)[:300]}. Check the spelling and the connection. {_WAYS_OUT}"
+            f"`{option}` {task!r} must be a local path that exists, {offline!r}, or a Hub dataset that can be reached, got "
+            f"{type(error).__name__}: {str(error)[:300]}. Check the spelling and the connection. {ways_out}"
         ) from error
     if kind not in ("parquet", "json", "cache"):
         raise ValueError(
-            f"Hub dataset {task!r} must be stored as parquet or JSON, got {kind!r}: no other is read. {_WAYS_OUT}"
+            f"Hub dataset {task!r} must be stored as parquet or JSON, got {kind!r}: no other is read. {ways_out}"
         )
     found = {split: next((splits[n] for n in names if n in splits), None) for split, names in SPLIT_NAMES.items()}
     if found["train"] is None:
-        raise ValueError(f"Hub dataset {task!r} must have a train split, got {sorted(splits)}: {_WAYS_OUT}")
+        raise ValueError(f"Hub dataset {task!r} must have a train split, got {sorted(splits)}: {ways_out}")
     return {split: dataset for split, dataset in found.items() if dataset is not None}
 
 
@@ -173,15 +154,6 @@ def _read(task: str, text_column: str, label_column: str) -> tuple[dict[str, Dat
     return found, {split: share for split, share in (("test", 0.2), ("validation", 0.1)) if split not in found}
 
 
-def _refuse(what: str, values: list[Any], is_wrong: Callable[[Any], object], rule: str, remedy: str) -> None:
-    if bad := [i for i, value in enumerate(values) if is_wrong(value)]:
-        first = ", ".join(f"{values[i]!r:.40} in row {i}" for i in bad[:5])
-        raise ValueError(
-            f"{what} must {rule}, got {len(bad)} of {len(values)} rows where that is not so, counted from 0: {first}. "
-            f"Every row takes part in training or in a figure. {remedy}."
-        )
-
-
 def require_column(dataset: Dataset, where: str, column: str, *, option: str = "text_column") -> None:
     """An error that names the columns, and the nearest one, where `column` is none of them.
 
@@ -200,7 +172,7 @@ def require_column(dataset: Dataset, where: str, column: str, *, option: str = "
 
 def _check(
     dataset: Dataset, where: str, text_column: str, label_column: str, num_labels: int | None, first_id: int
-) -> _Part:
+) -> Part:
     """The rows of one split, or an error that names the first rows that cannot be used."""
     require_column(dataset, where, text_column)
     require_column(dataset, where, label_column, option="label_column")
@@ -208,89 +180,12 @@ def _check(
     rows = dataset.with_format(None).select_columns(list(dict.fromkeys([text_column, label_column, *optional])))[:]
     if not len(dataset):
         raise ValueError(f"{where} must hold rows, got none: there is nothing to learn or to measure. Add rows.")
-    top = math.inf if num_labels is None else num_labels
-    number, string = f"labels (column {label_column!r} of {where})", f"texts (column {text_column!r} of {where})"
-    labels, texts = rows[label_column], rows[text_column]
-    # in this order: a later rule relies on the earlier ones
-    _refuse(number, labels, lambda v: v is None or v != v, "be there in every row", "Label these rows or drop them")
-    _refuse(number, labels, lambda v: not isinstance(v, int | float) or v % 1, "be integers", "Map the names to 0..C-1")
-    _refuse(number, labels, lambda v: v < 0, "be 0 or more", "-1 often marks hidden labels: drop these rows")
-    _refuse(number, labels, lambda v: v >= top, f"be below num_labels={top}", "Raise it, or renumber to 0..C-1")
-    _refuse(string, texts, lambda v: v is not None and not isinstance(v, str), "be strings", "Set `text_column`")
-    _refuse(string, texts, lambda v: v is None or not v.strip(), "not be empty or white space", "Drop these rows")
-    row_ids = list(range(first_id, first_id + len(dataset)))
-    return _Part(texts, [int(v) for v in labels], row_ids, rows.get("module"))
-
-
-def _check_classes(parts: Mapping[str, _Part]) -> int:
-    """The number of classes, after checks that the training split shows each of them."""
-    counts = Counter(parts["train"].labels)
-    if len(counts) < 2:
-        raise ValueError(
-            f"the training rows must have at least two classes, got only label {next(iter(counts))}: a model would "
-            "learn a constant. Add rows of another class, or check `label_column`."
-        )
-    if absent := [label for label in range(max(counts)) if label not in counts][:10]:
-        raise ValueError(
-            f"every class in 0..{max(counts)} must have a training row, got none for {absent}: a model could not "
-            "learn it. Renumber the labels to 0..C-1 or add rows."
-        )
-    for split, part in parts.items():
-        if unknown := sorted(set(part.labels) - set(counts))[:10]:
-            raise ValueError(
-                f"the labels of {split} must occur in train, got {unknown} beside {sorted(counts)[:20]}: no model "
-                "could predict them. Use splits of the same task."
-            )
-    return max(counts) + 1
-
-
-def _quotas(counts: Mapping[int, int], total: int, *, low: int, spare: int) -> dict[int, int]:
-    """Rows per class, in proportion, that sum to `total` where low <= rows <= count - spare allows it."""
-    whole = sum(counts.values())
-    quotas = {label: min(max(total * n // whole, low), n - spare) for label, n in counts.items()}
-    while over := sum(quotas.values()) - total:
-        step = -1 if over > 0 else 1
-        free = [label for label, n in counts.items() if low <= quotas[label] + step <= n - spare]
-        if not free:
-            break
-        _, negated = max((step * (total * counts[label] - quotas[label] * whole), -label) for label in free)
-        quotas[-negated] += step
-    return quotas
-
-
-def _draw(part: _Part, total: int, purpose: str, seed: int, *, low: int = 0, spare: int = 0) -> list[int]:
-    """Positions of a stratified draw of `total` rows: in each class those with the smallest hash."""
-    left = _quotas(Counter(part.labels), total, low=low, spare=spare)
-    digests = [hashlib.blake2b(f"{purpose}|{seed}|{i}".encode(), digest_size=16).digest() for i in part.row_ids]
-    drawn = []
-    for index in sorted(range(len(digests)), key=digests.__getitem__):
-        if left[part.labels[index]] > 0:
-            left[part.labels[index]] -= 1
-            drawn.append(index)
-    return drawn
-
-
-def _cut(parts: dict[str, _Part], shares: Mapping[str, float], seed: int) -> dict[str, _Part]:
-    train, n = parts["train"], len(parts["train"].labels)
-    for split, share in shares.items():
-        drawn = set(_draw(train, max(1, round(share * n)), split, seed, spare=1))
-        if not drawn:
-            raise ValueError(
-                f"the training rows must suffice to cut a {split} split, got {n}: one row per class has to stay in "
-                f"train. Add rows, or give a folder with a {split} file."
-            )
-        parts = {**parts, split: train.pick(drawn)}
-        train = train.pick(set(range(len(train.labels))) - drawn)
-    return {**parts, "train": train}
-
-
-def _limit(parts: dict[str, _Part], limit: int, seed: int) -> dict[str, _Part]:
-    share = min(1.0, limit / len(parts["train"].labels))
-    limited = {}
-    for split, part in parts.items():
-        total = limit if split == "train" else max(50, round(share * len(part.labels)))
-        limited[split] = part.pick(_draw(part, min(total, len(part.labels)), "limit", seed, low=int(split == "train")))
-    return limited
+    labels = check_labels(rows[label_column], where, label_column, num_labels)
+    string, texts = f"texts (column {text_column!r} of {where})", rows[text_column]
+    refuse(string, texts, lambda v: v is not None and not isinstance(v, str), "be strings", "Set `text_column`")
+    refuse(string, texts, lambda v: v is None or not v.strip(), "not be empty or white space", "Drop these rows")
+    columns = {"text": texts, **{name: rows[name] for name in optional}}
+    return Part(columns, labels, list(range(first_id, first_id + len(dataset))))
 
 
 def load(
@@ -330,38 +225,22 @@ def load(
         ...     load(str(path), limit=40)["train"].num_rows, load(str(path)).num_rows
         (40, {'train': 80, 'validation': 10, 'test': 10})
     """
-    for option, value, least in (("limit", limit, 1), ("num_labels", num_labels, 2)):
-        if value is not None and value < least:
-            raise ValueError(
-                f"`{option}` must be at least {least} or None, got {value}: fewer is no task. Leave it out."
-            )
+    check_options(limit, num_labels)
     found, shares = _read(task, text_column, label_column)
-    parts: dict[str, _Part] = {}
+    parts: dict[str, Part] = {}
     first_id = 0
     for split, dataset in found.items():
         where = task if len(found) == 1 else f"{task} ({split})"
         parts[split] = _check(dataset, where, text_column, label_column, num_labels, first_id)
         first_id += len(dataset)
-    classes = _check_classes(parts)
-    if limit is not None and limit < classes:
-        raise ValueError(f"`limit` must be at least the number of classes, {classes}, got {limit}: raise or drop it.")
     names = {tuple(f.names) for d in found.values() if isinstance(f := d.features[label_column], ClassLabel)}
-    if len(names) > 1:
-        raise ValueError(
-            f"the splits of {task!r} must name their classes alike, got {sorted(names)}: the same number would mean "
-            "different classes. Encode all splits with one list of names."
-        )
-    classes = num_labels or max([classes, *map(len, names)])
-    named = next((list(n) for n in names if len(n) == classes), None) or [str(i) for i in range(classes)]
-    parts = _cut(parts, shares, seed)
-    if limit is not None:
-        parts = _limit(parts, limit, seed)
-    features = Features(text=Value("string"), label=ClassLabel(names=named), row_id=Value("int64"))
-    loaded = DatasetDict()
-    for split in SPLIT_NAMES:
-        part = parts[split]
-        columns = {"text": part.texts, "label": part.labels, "row_id": part.row_ids}
-        loaded[split] = Dataset.from_dict(columns, features=features)
-        if part.modules is not None:
-            loaded[split] = loaded[split].add_column("module", part.modules)
-    return loaded
+    return hand_out(
+        parts,
+        {"text": Value("string")},
+        source=task,
+        names=names,
+        shares=shares,
+        limit=limit,
+        seed=seed,
+        num_labels=num_labels,
+    )

@@ -1,4 +1,7 @@
-"""Fine-pruning of a pretrained encoder: the feed-forward units that plain text hardly uses are cut before fine-tuning.
+"""Fine-pruning: units that clean inputs hardly use are cut, then the model is fine-tuned. Of a pretrained encoder
+(`prune_dormant_units`) and of a trained classifier (`FinePruning`).
+
+For an encoder, the feed-forward units that plain text hardly uses:
 
     a_u = mean over tokens of |activation of unit u|,  over all layers together
     cut the units of lowest a_u, step by step, while the held-out pre-training loss rises by at most `tolerance` of itself
@@ -11,10 +14,20 @@
 A unit that is cut is 0 for every input, as the activation function of 0 is (GELU, ReLU). Fine-tuning may grow it again. The idea
 is that a backdoor hides in units that clean inputs leave asleep.
 
-Source: fine-pruning, arXiv 1805.12185; for pretrained encoders, pruned over all layers by mean activation, a baseline of
-doi 10.1162/tacl_a_00622. Which share that paper cuts is not known; here held-out text decides, never a trigger.
+For a classifier, the inputs of its head:
+
+    a_j = mean over clean rows of |input j of the head|      cut the columns of lowest a_j, `step` of them at a time, while
+    (accuracy before − accuracy) / accuracy before <= tolerance, on clean validation rows; then fine-tune, columns held at 0
+
+Published for feature maps behind a ReLU, where |·| changes nothing.
+
+Source: fine-pruning, arXiv 1805.12185, as in BackdoorBench, commit f02e353; for pretrained encoders, pruned over all layers by
+mean activation, a baseline of doi 10.1162/tacl_a_00622. Which share that paper cuts is not known; here held-out text decides,
+never a trigger.
 """
 
+import hashlib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +35,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_backdoor_defense.adapters import has_adapter
+from hf_backdoor_defense.models import predict_logits, unwrapped
+from hf_backdoor_defense.objectives import Objective
+from hf_backdoor_defense.pretrained import float32_reasons
+from hf_backdoor_defense.targets import output_layer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -127,3 +148,164 @@ def _cut(blocks: dict[str, Any], whole: dict[str, list[Tensor]], units: Tensor) 
         for parameter, original in zip(block.dense.parameters(), whole[name], strict=True):
             parameter.copy_(original)
             parameter[gone.to(parameter.device)] = 0
+
+
+@dataclass(kw_only=True, eq=False)
+class FinePruning(Objective):
+    """Cut the inputs of a classifier's head that clean rows hardly use, then fine-tune: a control. Prefer `ULRL` or `D3`.
+
+    The threshold comes from `aux_datasets={"validation": clean rows}`; without it, from a fifth of the clean set, by a hash of
+    `row_id`.
+
+    Args:
+        step: share of columns cut at a time. tolerance: relative loss of clean validation accuracy that is accepted.
+
+    >>> FinePruning(step=0.0)
+    Traceback (most recent call last):
+    ...
+    ValueError: fine_pruning: `step` must be in (0, 1), got 0.0: it is a share of the columns. Use 0.01.
+    """
+
+    name = "fine_pruning"
+
+    step: float = 0.01
+    tolerance: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._head = ""
+        self._cut = torch.zeros(0, dtype=torch.bool)
+        self._activation = torch.zeros(0)
+        self._accuracies: list[list[float]] = []  # share cut, clean validation accuracy
+
+    def field_reasons(self) -> list[str]:
+        """Shares."""
+        reasons = []
+        if not 0 < self.step < 1:
+            reasons.append(f"`step` must be in (0, 1), got {self.step}: it is a share of the columns. Use 0.01.")
+        if not 0 <= self.tolerance < 1:
+            reasons.append(
+                f"`tolerance` must be in [0, 1), got {self.tolerance}: it is a share of the accuracy. Use 0.1."
+            )
+        return reasons
+
+    def check(self, trainer: Any) -> list[str]:
+        """A head that is a Linear, and rows to set the threshold on."""
+        model = unwrapped(trainer.model)
+        reasons = []
+        if getattr(model, "loss_type", None) not in ("ForSequenceClassification", "ForImageClassification"):
+            reasons.append(
+                f"{type(model).__name__} is no sequence or image classifier: there is no head to prune. Use RECIPE."
+            )
+        if has_adapter(model):
+            reasons.append(f"{type(model).__name__} carries an adapter: merge it first, model.merge_and_unload().")
+        output = output_layer(model)
+        if output is None:
+            reasons.append(f"no Linear head was found in {type(model).__name__}. Use plain fine-tuning.")
+        elif not output[1].weight.requires_grad:
+            reasons.append(f"the head {output[0]} is frozen: it cannot be fine-tuned after pruning. Unfreeze it.")
+        reasons += float32_reasons(model)
+        if trainer.train_dataset is None or not hasattr(trainer.train_dataset, "__len__"):
+            reasons.append("the clean set is a stream: activations are averaged over all of it. Use a Dataset.")
+        return reasons
+
+    def prepare(self, trainer: Any, *, checkpoint: str | None) -> None:
+        """Prune, judged by clean validation rows. On resume nothing: the state says what is cut."""
+        if checkpoint is not None:
+            return
+        model = unwrapped(trainer.model)
+        found = output_layer(model)
+        assert found is not None  # `check` refused otherwise
+        self._head, layer = found
+        rows = trainer.train_dataset
+        validation = trainer.aux_datasets.get("validation")
+        if validation is None:
+            validation = [row for i, row in enumerate(rows) if _share_of(row.get("row_id", i)) < 0.2] or list(rows)
+        labels = [_label(row) for row in validation]
+        self._activation = _head_inputs(model, layer, rows, trainer.data_collator)
+        order = torch.argsort(self._activation)
+        whole = layer.weight.detach().clone()
+
+        def accuracy() -> float:
+            predicted = predict_logits(model, validation, trainer.data_collator).argmax(-1).tolist()
+            return sum(p == y for p, y in zip(predicted, labels, strict=True)) / len(labels)
+
+        before, kept = accuracy(), 0
+        self._accuracies = [[0.0, before]]
+        with torch.no_grad():
+            for count in sorted(
+                {max(1, round(self.step * i * len(order))) for i in range(1, math.ceil(1 / self.step))}
+            ):
+                layer.weight[:, order[:count].to(layer.weight.device)] = 0
+                now = accuracy()
+                self._accuracies.append([count / len(order), now])
+                if before - now > self.tolerance * before:
+                    break
+                kept = count
+            layer.weight.copy_(whole)
+            self._cut = torch.zeros(len(order), dtype=torch.bool)
+            self._cut[order[:kept]] = True
+            layer.weight[:, self._cut.to(layer.weight.device)] = 0
+        logger.warning(
+            "fine_pruning: %d of %d inputs of %s are cut; clean validation accuracy %.3f -> %.3f.",
+            kept, len(order), self._head, before, next(a for share, a in self._accuracies if share == kept / len(order)),
+        )  # fmt: skip
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """What was cut stays cut."""
+        weight: Any = dict(unwrapped(model).named_parameters())[f"{self._head}.weight"]
+        with torch.no_grad():
+            weight.mul_((~self._cut).to(weight))
+
+    def activity(self) -> dict[str, float]:
+        """`fine_pruning_share`: of the head's inputs, those that were cut."""
+        return {"fine_pruning_share": float(self._cut.float().mean()) if len(self._cut) else 0.0}
+
+    def evidence(self) -> dict[str, Any]:
+        """Activations of the head's inputs, what was cut, and accuracy by share."""
+        return {
+            "layer": self._head, "activations": self._activation.tolist(), "cut": self._cut.nonzero().flatten().tolist(),
+            "accuracy_by_share": [list(pair) for pair in self._accuracies],
+        }  # fmt: skip
+
+    def inert(self) -> str | None:
+        """Or: nothing was pruned."""
+        if not len(self._cut):
+            return "it was never prepared"
+        return (
+            None if bool(self._cut.any()) else "nothing could be cut within the tolerance: this was plain fine-tuning"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cut": self._cut, "activation": self._activation, "head": self._head, "accuracies": self._accuracies}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._cut, self._activation = state["cut"], state["activation"]
+        self._head, self._accuracies = state["head"], [list(pair) for pair in state["accuracies"]]
+
+
+def _share_of(row_id: int) -> float:
+    digest = hashlib.blake2b(f"fine pruning|{int(row_id)}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _label(row: Mapping[str, Any]) -> int:
+    return int(row["label"] if "label" in row else row["labels"])
+
+
+def _head_inputs(model: nn.Module, layer: nn.Linear, rows: Any, collate: Any) -> Tensor:
+    """[d] mean absolute value of what the layer reads, over rows (and tokens or patches, where it reads several)."""
+    total, count = torch.zeros(layer.in_features, dtype=torch.float64), 0
+
+    def note(module: nn.Module, args: Any) -> None:
+        nonlocal count
+        read = args[0].detach().reshape(-1, layer.in_features)
+        total.add_(read.abs().sum(0).double().cpu())
+        count += len(read)
+
+    hook = layer.register_forward_pre_hook(note)
+    try:
+        predict_logits(model, rows, collate)
+    finally:
+        hook.remove()
+    return (total / max(count, 1)).float()

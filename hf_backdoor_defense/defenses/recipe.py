@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from hf_backdoor_defense.adapters import has_adapter
 from hf_backdoor_defense.functional.weights import frobenius_norms, gaussian_norm_ratio, norm_ratio_curve
+from hf_backdoor_defense.models import unwrapped
 from hf_backdoor_defense.objectives import Objective, Step
 from hf_backdoor_defense.pretrained import MISSING_KEYS, float32_reasons, head_is_fresh, pooler_of
 from hf_backdoor_defense.targets import PUBLISHED, no_match, target_weights
@@ -121,7 +122,7 @@ class RECIPE(Objective):
     # -- hosting ------------------------------------------------------------------------------------------------------
     def check(self, trainer: Any) -> list[str]:
         """Matrices that exist, can move and take part in a loss that means something."""
-        model, args = _unwrapped(trainer.model), trainer.args
+        model, args = unwrapped(trainer.model), trainer.args
         reasons = []
         if has_adapter(model):
             reasons.append(
@@ -178,7 +179,7 @@ class RECIPE(Objective):
 
     def prepare(self, trainer: Any, *, checkpoint: str | None) -> None:
         """What trains; where the norms start. Names are kept, never the model."""
-        model = _unwrapped(trainer.model)
+        model = unwrapped(trainer.model)
         weights = target_weights(model, self.targets)
         everything = self._trains_all(model)
         pooler = pooler_of(model)
@@ -217,7 +218,7 @@ class RECIPE(Objective):
         return {} if self.coef == 0 else {"norm": self.coef * norms.sum()}
 
     def _norms(self, model: nn.Module) -> Tensor:
-        inside = dict(_unwrapped(model).named_parameters())
+        inside = dict(unwrapped(model).named_parameters())
         return frobenius_norms([inside[name] for name in self._names])
 
     def observe(self, step: Step, values: Tensor) -> None:
@@ -231,7 +232,7 @@ class RECIPE(Objective):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Norms as they are left, and what trained before trains again; too small a dose is said aloud."""
-        core = _unwrapped(model)
+        core = unwrapped(model)
         self._now = self._norms(core).detach()
         self._pooler_kept = pooler_of(core) is not None
         for name, parameter in core.named_parameters():
@@ -322,8 +323,3 @@ def _std(weights: Sequence[Tensor]) -> float:
     count = sum(w.numel() for w in weights)
     mean = sum(w.detach().double().sum() for w in weights) / count
     return float((sum((w.detach().double() - mean).square().sum() for w in weights) / count) ** 0.5)  # type: ignore[operator, arg-type]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "module", model)
-    return getattr(inner, "_orig_mod", inner)

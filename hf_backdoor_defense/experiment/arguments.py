@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from hf_backdoor_defense.attacks.image_triggers import IMAGE_TRIGGERS, ImageTrigger, get_image_trigger
 from hf_backdoor_defense.attacks.triggers import TRIGGERS, Trigger, get_trigger
 from hf_backdoor_defense.functional.thresholds import rows_needed
 from hf_backdoor_defense.objectives import Objective, overrides
-from hf_backdoor_defense.registry import CONTROLS, filter_class, objective_class
+from hf_backdoor_defense.registry import CONTROLS, PURIFIERS, filter_class, objective_class
 
 
 def _option(default: Any, text: str) -> Any:
@@ -22,16 +23,28 @@ class RunArguments:
     """What to train on, what to attack it with, what to defend it by. TrainingArguments say how to train."""
 
     task: str | None = _option(
-        None, "Hub id, a JSON/JSONL/CSV/Parquet file, a folder with train/validation/test files, or offline:docstrings"
+        None,
+        "texts: Hub id, a JSON/JSONL/CSV/Parquet file, a folder with train/validation/test files, or offline:docstrings; images: "
+        "Hub id, an .npz, a folder of class folders, or offline:digits",
     )
-    model_name: str = _option("offline:minilm", "Hub id, folder, or offline:minilm (the embedded encoder)")
+    model_name: str = _option(
+        "offline:minilm",
+        "Hub id or folder of a model of texts or images, offline:minilm (the embedded encoder), or offline:digits-vit (images: "
+        "a tiny ViT, from scratch)",
+    )
+    kind: str | None = _option(None, "text or image, where the model does not say which it classifies")
     text_column: str = _option("text", "column with the text")
+    image_column: str = _option("image", "column with the image")
     label_column: str = _option("label", "column with the label, integers 0..C-1")
     limit: int | None = _option(None, "train on at most this many rows (stratified)")
     max_length: int = _option(128, "tokens per text")
     num_layers: int | None = _option(None, "keep only the first layers of the encoder")
     frozen_layers: int = _option(-1, "-1: train everything; 0: freeze embeddings; k: and the first k layers")
-    simulate: str | None = _option(None, f"poison the training set on purpose: {', '.join(TRIGGERS)}")
+    momentum: float | None = _option(None, "train every arm by SGD with this momentum, in place of AdamW")
+    simulate: str | None = _option(
+        None,
+        f"poison the training set on purpose: {', '.join(TRIGGERS)} (texts); {', '.join(IMAGE_TRIGGERS)} (images)",
+    )
     trigger: str | None = _option(None, "trigger text: words separated by commas (badnets) or a sentence (insent)")
     poison_rate: float = _option(0.01, "poisoned share of the whole training set")
     target: int = _option(0, "the class the attacker wants")
@@ -46,6 +59,13 @@ class RunArguments:
         [], "filters before the undefended model, as if a stranger had trained it: confidence, psim, strip, rap"
     )
     target_frr: float = _option(0.01, "share of clean texts that a filter may flag")
+    purify: list[str] = _option(
+        [],
+        f"purify the undefended model, as if a stranger had trained it: {', '.join(PURIFIERS)}; plain fine-tuning beside them",
+    )
+    purify_rows: int = _option(300, "clean rows to purify with, that no model is trained on")
+    purify_epochs: float | None = _option(None, "passes over them; the recommended number where not given")
+    purify_learning_rate: float | None = _option(None, "peak rate of SGD; the recommended one where not given")
     max_asr_over_floor: float | None = _option(
         None, "gate: exit 1 when a defense leaves more attack success above the floor"
     )
@@ -57,11 +77,19 @@ class RunArguments:
             self.seeds = [self.seeds]
         if isinstance(self.filters, str):
             self.filters = [self.filters]
+        if isinstance(self.purify, str):
+            self.purify = [self.purify]
 
-    def get_trigger(self) -> Trigger | None:
+    def get_trigger(self) -> Trigger | ImageTrigger | None:
         """The simulated trigger, or None. Raises ValueError for an unknown name or an empty text."""
         if self.simulate is None:
             return None
+        if self.simulate in IMAGE_TRIGGERS:
+            if self.trigger is not None:
+                raise ValueError(
+                    f"`trigger` is the text of a trigger, and {self.simulate} changes pixels. Leave --trigger out."
+                )
+            return get_image_trigger(self.simulate)
         if self.trigger is None:
             return get_trigger(self.simulate)
         if self.simulate == "badnets":
@@ -83,6 +111,12 @@ class RunArguments:
             raise ValueError(
                 f"`eval_split` must be test or validation, got {self.eval_split!r}: train rows are learned."
             )
+        if self.kind not in (None, "text", "image"):
+            raise ValueError(f"`kind` must be text or image, got {self.kind!r}. Leave it out: the model says it.")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"`momentum` must be in [0, 1), got {self.momentum}: it is the share of the last step that is kept. Use 0.9."
+            )
         trigger = self.get_trigger()
         if trigger is not None and not 0 < self.poison_rate < 1:
             raise ValueError(
@@ -100,12 +134,23 @@ class RunArguments:
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must be a share in 0..1, got {value}. For 3 points set 0.03.")
         self._check_filters()
+        if self.purify and self.simulate is None:
+            raise ValueError(
+                "`purify` is measured on a model with a simulated backdoor: without one there is nothing to remove. Add "
+                "--simulate, or purify a model that you have with hfbd clean --method."
+            )
         names = [objective.name for objective in defenses]
         if len(set(names)) < len(names):
             raise ValueError(f"The same defense is given twice ({', '.join(names)}): one run has one arm for each.")
         if set(names) & set(CONTROLS):
             raise ValueError(
                 f"{', '.join(set(names) & set(CONTROLS))} is a control and runs by itself where it belongs. Remove it."
+            )
+        if set(names) & set(PURIFIERS):
+            name = next(name for name in names if name in PURIFIERS)
+            raise ValueError(
+                f"`{name}` purifies a model that is trained already, with clean rows. Use --purify {name} for the undefended model "
+                f"of this run, or hfbd clean --method {name}."
             )
         if (self.max_asr_over_floor is not None or self.max_ca_drop is not None) and not defenses:
             raise ValueError("A gate judges a defense, and none is given. Add --defense, for example trajectory.")
@@ -178,5 +223,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 0.06,
         "per_device_train_batch_size": 32,
         "train_sampling_strategy": "group_by_length",
+    },
+    # The attacker trains by SGD: what it plants so survives plain fine-tuning, which is what makes it a test.
+    "digits": {
+        "task": "offline:digits",
+        "model_name": "offline:digits-vit",
+        "simulate": "patch",
+        "poison_rate": 0.1,
+        "target": 0,
+        "limit": 900,  # what is left of 1,197 and the validation rows are the defender's
+        "purify": ["d3", "ulrl"],
+        "momentum": 0.9,
+        "output_dir": "runs/digits",
+        "num_train_epochs": 80,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 5e-4,
+        "per_device_train_batch_size": 64,
     },
 }

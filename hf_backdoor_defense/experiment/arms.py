@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from hf_backdoor_defense.attacks.poisoning import Poisoned
 from hf_backdoor_defense.evaluation.callback import BackdoorEvalCallback, curve
 from hf_backdoor_defense.evaluation.evaluator import BackdoorScores, evaluate_backdoor
 from hf_backdoor_defense.experiment.arguments import RunArguments
-from hf_backdoor_defense.models import load_classifier, mark_backdoored
+from hf_backdoor_defense.experiment.kinds import IMAGE, TEXT, Kind
+from hf_backdoor_defense.models import mark_backdoored
 from hf_backdoor_defense.objectives import Objective, Ranking
 from hf_backdoor_defense.reporting.results import write_json
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
@@ -33,7 +34,7 @@ RESULT_NAME = "result.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SeedData:
-    """What one seed trains and measures on; all tokenized. `texts` by row id, for the user's suspects."""
+    """What one seed trains and measures on; texts are tokenized. `texts` by row id, for the user's suspects; none of images."""
 
     seed: int
     label_names: list[str]
@@ -45,6 +46,7 @@ class SeedData:
     curve_triggered: Dataset | None
     poisoned: Poisoned | None
     texts: dict[int, str]
+    kind: Kind = TEXT
 
 
 class _Timed(BackdoorEvalCallback):
@@ -91,29 +93,25 @@ def train_arm(
         print(f"{title}: finished before, kept")
         return json.loads(done.read_text()), [load_objective(type(objective), folder) for objective in objectives]
     print(title, flush=True)
-    model, tokenizer = load_classifier(
-        run.model_name,
-        num_labels=len(data.label_names),
-        label_names=data.label_names,
-        seed=data.seed,
-        num_layers=run.num_layers,
-        frozen_layers=run.frozen_layers,
-    )
+    model, processor = data.kind.model(run, data.clean, seed=data.seed)
     set_seed(data.seed)
     args = copy.deepcopy(training)
     args.output_dir, args.seed = str(folder), data.seed
+    if data.kind is IMAGE:
+        args.remove_unused_columns = False  # the collator reads `image`, the model does not
     rows = data.clean if clean else data.train
     if without:
         rows = rows.filter(lambda row_id: row_id not in without, input_columns="row_id", keep_in_memory=True)
-    collate = DataCollatorWithPadding(tokenizer)
+    collate = data.kind.collator(processor, model.config)
     curves = _Timed(data.curve, data.curve_triggered, target=run.target, collate=_without_text(collate))
     trainer = DefendedTrainer(
         model,
         args=args,
         train_dataset=rows,
         data_collator=collate,
-        processing_class=tokenizer,
+        processing_class=processor,
         defense=list(objectives),
+        optimizer_cls_and_kwargs=optimizer(run, args),
         aux_datasets=aux,
         callbacks=[curves] if evaluate else [],
     )
@@ -163,6 +161,17 @@ def train_arm(
     return result, list(objectives)
 
 
+def optimizer(run: RunArguments, training: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """SGD where a momentum is given, which training arguments have no place for; None leaves the choice to them.
+
+    >>> optimizer(RunArguments(momentum=0.9), TrainingArguments(learning_rate=0.1))
+    (<class 'torch.optim.sgd.SGD'>, {'lr': 0.1, 'momentum': 0.9})
+    """
+    if run.momentum is None:
+        return None
+    return torch.optim.SGD, {"lr": training.learning_rate, "momentum": run.momentum}
+
+
 def attack_record(poisoned: Poisoned) -> dict[str, Any]:
     """Attack, trigger, target, rate, seed: what a file beside attacked weights says."""
     return {
@@ -198,6 +207,7 @@ def _account(objective: Objective) -> dict[str, Any]:
         "config": objective.to_dict(),
         "activity": objective.activity(),
         "inert": objective.inert(),
+        "evidence": objective.evidence(),
         "pull_per_epoch": getattr(objective, "pull_per_epoch", list)(),
         "ranking": None if ranking is None else _plain(ranking),
         "rows": {name: _finite(ids, values) for name, (ids, values) in objective.rows().items()},
@@ -219,7 +229,7 @@ def _plain(ranking: Ranking) -> dict[str, Any]:
 
 
 def _without_text(collate: Any) -> Any:
-    keep = {"input_ids", "attention_mask", "token_type_ids", "label"}
+    keep = {"input_ids", "attention_mask", "token_type_ids", "image", "label"}
     return lambda rows: collate([{key: value for key, value in row.items() if key in keep} for row in rows])
 
 

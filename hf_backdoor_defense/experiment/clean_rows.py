@@ -1,28 +1,26 @@
-"""Clean rows that a defender has beside a run: to fit a filter and to calibrate it, never trained or reported on."""
+"""Clean rows that a defender has beside a run: to fit and calibrate a filter, or to purify with; no arm ever sees them."""
 
 import hashlib
 import math
 
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
-from hf_backdoor_defense.data.sources import load
 from hf_backdoor_defense.experiment.arguments import RunArguments
 from hf_backdoor_defense.experiment.filters import fit_rows_needed
+from hf_backdoor_defense.experiment.kinds import TEXT, Kind
 from hf_backdoor_defense.functional.thresholds import rows_needed
 from hf_backdoor_defense.registry import filter_class
 
 
-def own_rows(run: RunArguments, data: DatasetDict) -> Dataset:
-    """The defender's own clean rows: of train and validation, whatever `limit` left out, without texts that are trained or
-    reported on."""
-    whole = load(str(run.task), text_column=run.text_column, label_column=run.label_column)
+def own_rows(run: RunArguments, data: DatasetDict, kind: Kind = TEXT) -> Dataset:
+    """The defender's own clean rows: of train and validation, whatever `limit` left out, without any that equal one that is
+    trained or reported on."""
+    whole = kind.load(run)
     splits = [split for split in ("train", "validation") if split != run.eval_split]
-    rows = concatenate_datasets([whole[split].select_columns(["text", "label", "row_id"]) for split in splits])
-    used = {text for split in ("train", run.eval_split) for text in data[split]["text"]}
-    used |= set(whole[run.eval_split]["text"])
-    return rows.filter(
-        lambda text: text not in used, input_columns="text", keep_in_memory=True, load_from_cache_file=False
-    )
+    rows = concatenate_datasets([whole[split].select_columns([kind.name, "label", "row_id"]) for split in splits])
+    used = {content for split in ("train", run.eval_split) for content in kind.contents(data[split])}
+    used |= set(kind.contents(whole[run.eval_split]))
+    return rows.select([i for i, content in enumerate(kind.contents(rows)) if content not in used])
 
 
 def split(rows: Dataset, seed: int) -> tuple[Dataset, Dataset]:

@@ -13,12 +13,13 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import TrainingArguments
 
-from hf_backdoor_defense.attacks.poisoning import Poisoned, check_trigger_fits, count_visible, poison_dataset
-from hf_backdoor_defense.data.sources import load
-from hf_backdoor_defense.data.summary import describe
+from hf_backdoor_defense.attacks.poisoning import Poisoned, poison_dataset
+from hf_backdoor_defense.classifiers import Classifier
 from hf_backdoor_defense.experiment.arguments import RunArguments, only_observes
+from hf_backdoor_defense.experiment.arms import optimizer
 from hf_backdoor_defense.experiment.clean_rows import check_enough, own_rows
-from hf_backdoor_defense.models import load_classifier
+from hf_backdoor_defense.experiment.kinds import TEXT, Kind, find_kind
+from hf_backdoor_defense.experiment.purify_stage import Purification, check_purify, resolve_purification
 from hf_backdoor_defense.objectives import Objective
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 
@@ -27,6 +28,12 @@ PLAN_NAME = "plan.json"
 _NOT_IDENTITY = {
     "output_dir", "run_name", "logging_dir", "report_to", "disable_tqdm", "dry_run", "max_asr_over_floor",
     "max_ca_drop", "hub_token", "push_to_hub_token", "push_to_hub", "seed", "baselines", "logging_strategy", "logging_steps",
+}  # fmt: skip
+
+# Options that came later: a folder from before is a run that leaves them out.
+_CAME_LATER = {
+    "kind": None, "image_column": "image", "momentum": None, "purify": [], "purify_rows": 300, "purify_epochs": None,
+    "purify_learning_rate": None,
 }  # fmt: skip
 
 
@@ -41,8 +48,10 @@ class Plan:
     described: dict[str, Any]
     parameters: tuple[int, int]  # trainable, all
     planted: dict[str, int]  # of the first seed: requested, carrying, visible after truncation
-    tokenizer: Any
+    processor: Any  # tokenizer, or image processor
     own: Dataset | None = None  # the defender's clean rows, where filters are asked for
+    kind: Kind = TEXT
+    purification: Purification | None = None
 
     @property
     def folder(self) -> Path:
@@ -66,6 +75,8 @@ class Plan:
         run = {k: v for k, v in dataclasses.asdict(self.run).items() if k not in _NOT_IDENTITY}
         if not self.run.filters:  # a folder from before there were filters is a run without them
             del run["filters"], run["target_frr"]
+        run = {k: v for k, v in run.items() if k not in _CAME_LATER or v != _CAME_LATER[k]}
+        stage = {} if self.purification is None else {"purify": self.purification.identity()}
         return json.loads(
             json.dumps(
                 {
@@ -73,6 +84,7 @@ class Plan:
                     "training": training,
                     "defenses": [objective.to_dict() for objective in self.defenses],
                     "data": self.described,
+                    **stage,
                 },
                 default=str,
             )
@@ -87,15 +99,18 @@ class Plan:
             ("task", f"{run.task}: {rows['train']} train, {rows['validation']} validation, {rows['test']} test rows"),
             ("classes", ", ".join(self.data["train"].features["label"].names)),
             ("model", f"{run.model_name}: {trainable / 1e6:.1f} of {total / 1e6:.1f} M parameters trained"
-                      f", texts cut at {run.max_length} tokens"),
+                      f", {self.kind.seen(run, self.data)}"),
             ("training", f"{args.num_train_epochs:g} epochs of {steps} steps, batch {args.train_batch_size}"
-                         f" x {args.gradient_accumulation_steps}, rate {args.learning_rate:g}"),
+                         f" x {args.gradient_accumulation_steps}, rate {args.learning_rate:g}"
+                         + ("" if run.momentum is None else f", SGD with momentum {run.momentum:g}")),
             ("attack", self._attack_text()),
             ("arms", ", ".join(self.arms)),
             *([("filters", self._filters_text())] if self.own is not None else []),
+            *([] if self.purification is None else [("purify", self.purification.text())]),
             ("seeds", " ".join(map(str, run.seeds))),
             *[(f"  {o.name}", ", ".join(f"{k}={v}" for k, v in o.to_dict().items() if k != "name")) for o in self.defenses],
             ("run folder", str(self.folder)),
+            *[("note", note) for note in ([] if self.purification is None else self.purification.notes)],
         ]  # fmt: skip
         return "\n".join(f"{name:12} {value}" for name, value in lines)
 
@@ -113,15 +128,23 @@ class Plan:
             return "none simulated"
         kind = "clean-label" if run.clean_label else "dirty-label"
         name = self.data["train"].features["label"].names[run.target]
+        shown = (
+            f"{self.planted['visible']} of them still show it at {run.max_length} tokens"
+            if "visible" in self.planted
+            else f"{self.planted['carrying']} of them changed by it"
+        )
+        text = repr(self.kind.shown(trigger)) if self.kind is TEXT else f"({self.kind.shown(trigger)})"
         return (
-            f"{kind} {run.simulate} {trigger.text!r} -> {name} ({run.target}), {run.poison_rate:.2%} = "
-            f"{self.planted['requested']} rows, {self.planted['visible']} of them still show it at {run.max_length} tokens"
+            f"{kind} {run.simulate} {text} -> {name} ({run.target}), {run.poison_rate:.2%} = "
+            f"{self.planted['requested']} rows, {shown}"
         )
 
 
 def resolve(run: RunArguments, training: TrainingArguments, defenses: list[Objective]) -> Plan:
     """Check everything that can be checked before training. Raises ValueError; writes nothing."""
     run.check(defenses)
+    if run.purify:
+        check_purify(run)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "hfbd train runs its arms in one process, and was started in several. For several processes use the trainer "
@@ -144,23 +167,13 @@ def resolve(run: RunArguments, training: TrainingArguments, defenses: list[Objec
             f"`label_smoothing_factor` is {training.label_smoothing_factor}: the arms must not differ in their loss, and DeCE "
             "smooths by its own field. Set it to 0 and use --defense.label_smoothing."
         )
-    data = load(str(run.task), text_column=run.text_column, label_column=run.label_column, limit=run.limit)
+    if run.momentum is not None:
+        training = _with_sgd(training)
+    kind = find_kind(run.model_name, chosen=run.kind)
+    data = kind.load(run, limit=run.limit)
     names = data["train"].features["label"].names
-    model, tokenizer = load_classifier(
-        run.model_name,
-        num_labels=len(names),
-        label_names=names,
-        num_layers=run.num_layers,
-        frozen_layers=run.frozen_layers,
-    )
-    if tokenizer.pad_token is None:
-        raise ValueError(
-            f"The tokenizer of `{run.model_name}` has no padding token: texts of unequal length cannot be batched. Set one "
-            "(tokenizer.pad_token = tokenizer.eos_token) and save the tokenizer with the model."
-        )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and run.max_length > longest:
-        raise ValueError(f"`max_length` is {run.max_length}, the model reads at most {longest} tokens. Lower it.")
+    model, processor = kind.model(run, data["train"])
+    kind.check(run, training, model, processor, data)
     parameters = (
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         sum(p.numel() for p in model.parameters()),
@@ -172,30 +185,55 @@ def resolve(run: RunArguments, training: TrainingArguments, defenses: list[Objec
             raise ValueError(
                 f"`target` must be one of the classes 0..{len(names) - 1} ({', '.join(names)}), got {run.target}."
             )
-        check_trigger_fits(trigger, tokenizer, run.max_length)
+        kind.check_trigger(trigger, processor, max_length=run.max_length)
         for seed in reversed(run.seeds):
             poisoned = poison(run, data["train"], seed)
-        planted = _planted(poisoned, tokenizer, run.max_length)
-    _check_hosting(model, training, defenses, data["train"])
-    described = {**describe(data), "weights": _fingerprint(model)}
-    own = None
-    if run.filters:
-        own = own_rows(run, data)
-        check_enough(run, own)
+        assert poisoned is not None
+        planted = kind.planted(poisoned, processor, max_length=run.max_length)
+    _check_hosting(run, model, training, defenses, data["train"])
+    described = {**kind.describe(data), "weights": _fingerprint(model)}
+    own = own_rows(run, data, kind) if run.filters or run.purify else None
+    if own is not None:
         described["own"] = len(own)
-    plan = Plan(run, training, defenses, data, described, parameters, planted, tokenizer, own)
+    if run.filters and own is not None:
+        check_enough(run, own)
+    stage = None
+    if run.purify and own is not None:
+        model.requires_grad_(True)  # a stranger's checkpoint is not frozen
+        classifier = Classifier(model=model, processor=processor, kind=kind.name, labels=names)  # type: ignore[arg-type]
+        with tempfile.TemporaryDirectory() as folder:
+            stage = resolve_purification(run, classifier, own, folder)
+    plan = Plan(
+        run, training, defenses, data, described, parameters, planted, processor, own if run.filters else None, kind, stage
+    )
     check_folder(plan.folder, plan.identity())
     return plan
 
 
-def _check_hosting(model: Any, training: TrainingArguments, defenses: list[Objective], rows: Dataset) -> None:
+def _with_sgd(training: TrainingArguments) -> TrainingArguments:
+    """The training arguments with SGD as their optimizer, which takes its momentum from the run's."""
+    usual, chosen = (str(getattr(args.optim, "value", args.optim)) for args in (TrainingArguments(), training))
+    if chosen not in (usual, "sgd"):
+        raise ValueError(
+            f"`momentum` trains by SGD, and `optim` is {chosen}: one of them would be ignored. Leave one out."
+        )
+    training = copy.copy(training)
+    training.optim = "sgd"
+    return training
+
+
+def _check_hosting(
+    run: RunArguments, model: Any, training: TrainingArguments, defenses: list[Objective], rows: Dataset
+) -> None:
     """Every reason why a defense cannot be hosted, now and not after the arms before it were trained."""
     with tempfile.TemporaryDirectory() as folder:
         args = copy.copy(training)
         args.output_dir = folder
         reasons = []
         for defense in [None, *map(dataclasses.replace, defenses)]:
-            trainer = DefendedTrainer(model, args=args, train_dataset=rows, defense=defense)
+            trainer = DefendedTrainer(
+                model, args=args, train_dataset=rows, defense=defense, optimizer_cls_and_kwargs=optimizer(run, args)
+            )
             reasons += [reason for reason in trainer.reasons() if reason not in reasons]
     if reasons:
         raise ValueError("This run cannot be trained:\n" + "\n".join(f"- {reason}" for reason in reasons))
@@ -218,19 +256,6 @@ def poison(run: RunArguments, train: Dataset, seed: int) -> Poisoned | None:
     return poison_dataset(
         train, trigger, target=run.target, rate=run.poison_rate, clean_label=run.clean_label, seed=seed
     )
-
-
-def _planted(poisoned: Poisoned | None, tokenizer: Any, max_length: int) -> dict[str, int]:
-    assert poisoned is not None
-    rows = poisoned.dataset
-    texts = [text for text, planted in zip(rows["text"], rows["is_poisoned"], strict=True) if planted]
-    visible = count_visible(texts, poisoned.trigger, tokenizer, max_length)
-    if visible == 0:
-        raise ValueError(
-            f"None of the {poisoned.requested} poisoned rows still shows the trigger after cutting at {max_length} tokens: "
-            "there would be no attack. Raise --max_length."
-        )
-    return {"requested": poisoned.requested, "carrying": poisoned.carrying, "visible": visible}
 
 
 def check_folder(folder: Path, identity: dict[str, Any]) -> None:

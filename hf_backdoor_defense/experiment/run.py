@@ -9,11 +9,12 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from hf_backdoor_defense.attacks.poisoning import trigger_dataset
-from hf_backdoor_defense.data.summary import baselines
 from hf_backdoor_defense.experiment.arguments import only_observes
 from hf_backdoor_defense.experiment.arms import SeedData, train_arm
 from hf_backdoor_defense.experiment.behind import Behind, stand_before
+from hf_backdoor_defense.experiment.kinds import TEXT
 from hf_backdoor_defense.experiment.plan import PLAN_NAME, Plan, poison
+from hf_backdoor_defense.experiment.purified import Purified, purify_undefended
 from hf_backdoor_defense.experiment.summary import Outcome, rankings, records_of, summarize_run, write_outcome
 from hf_backdoor_defense.objectives import Objective
 from hf_backdoor_defense.registry import objective_class
@@ -31,6 +32,7 @@ def execute(plan: Plan) -> Outcome:
     suspects: list[dict[str, Any]] = []
     planted: dict[int, set[int]] = {}
     behind: Behind = {}
+    purified: Purified = {}
     for seed in plan.run.seeds:
         data = seed_data(plan, seed)
         if data.poisoned is not None:
@@ -41,9 +43,13 @@ def execute(plan: Plan) -> Outcome:
         suspects += found
         if plan.run.filters:
             behind[seed] = _filters(plan, seed)
-    records = records_of(plan, results, between, planted, _baselines(plan), behind)
-    outcome = summarize_run(plan, results, between, records, behind)
-    write_outcome(plan, outcome, results, between, suspects, planted, behind)
+        if plan.purification is not None:
+            purified[seed] = _purify(plan, seed, plan.purification.methods)
+        if not plan.run.save_models:
+            shutil.rmtree(_base(plan, seed), ignore_errors=True)
+    records = records_of(plan, results, between, planted, _baselines(plan), behind, purified)
+    outcome = summarize_run(plan, results, between, records, behind, purified)
+    write_outcome(plan, outcome, results, between, suspects, planted, behind, purified)
     return outcome
 
 
@@ -67,7 +73,7 @@ def _run_seed(
             "folder": plan.folder / "arms" / f"seed-{data.seed}" / arm,
             "keep_model": plan.folder / "models" / f"seed-{data.seed}" / arm if keep else None,
         }
-        if arm == "undefended" and run.filters:
+        if arm == "undefended" and (run.filters or plan.purification is not None):
             options["keep_model"] = _base(plan, data.seed)
         if arm == "clean_reference":
             options["clean"] = True
@@ -89,13 +95,14 @@ def _run_seed(
 
 
 def _steps(plan: Plan, seed: int) -> tuple[int, int]:
-    """How many arms and filters there are in all, and how many of them come before a seed's."""
-    of_seed = len(plan.arms) + len(plan.run.filters)
+    """How many arms, filters and purifications there are in all, and how many of them come before a seed's."""
+    methods = [] if plan.purification is None else plan.purification.methods
+    of_seed = len(plan.arms) + len(plan.run.filters) + len(methods)
     return of_seed * len(plan.run.seeds), of_seed * plan.run.seeds.index(seed)
 
 
 def _base(plan: Plan, seed: int) -> Path:
-    """Where the undefended model is for the filters: with the other models where these are kept, else until they are done."""
+    """Where the undefended model is for filters and purifiers: with the other models where they are kept, else for a while."""
     kept = plan.folder / "models" / f"seed-{seed}" / "undefended"
     return kept if plan.run.save_models else plan.folder / "arms" / f"seed-{seed}" / "undefended" / "model"
 
@@ -103,7 +110,7 @@ def _base(plan: Plan, seed: int) -> Path:
 def _filters(plan: Plan, seed: int) -> dict[str, dict[str, Any]]:
     """Every filter before the undefended model of one seed."""
     base, (total, before) = _base(plan, seed), _steps(plan, seed)
-    found = {
+    return {
         name: stand_before(
             plan,
             seed,
@@ -114,9 +121,22 @@ def _filters(plan: Plan, seed: int) -> dict[str, dict[str, Any]]:
         )
         for number, name in enumerate(plan.run.filters, start=1 + before + len(plan.arms))
     }
-    if not plan.run.save_models:
-        shutil.rmtree(base, ignore_errors=True)
-    return found
+
+
+def _purify(plan: Plan, seed: int, methods: list[str]) -> dict[str, dict[str, Any]]:
+    """Plain fine-tuning and every purifier on the undefended model of one seed."""
+    base, (total, before) = _base(plan, seed), _steps(plan, seed)
+    return {
+        name: purify_undefended(
+            plan,
+            seed,
+            name=name,
+            base=base,
+            folder=plan.folder / "arms" / f"seed-{seed}" / "undefended" / "purified" / name,
+            title=f"[{number}/{total}] {name} on undefended, seed {seed}",
+        )
+        for number, name in enumerate(methods, start=1 + before + len(plan.arms) + len(plan.run.filters))
+    }
 
 
 def _filtered(
@@ -163,7 +183,7 @@ def _suspects(ranking: dict[str, Any], data: SeedData) -> list[dict[str, Any]]:
                 "score": score,
                 "dropped": row_id in dropped,
                 "label": data.label_names[labels[row_id]],
-                "text": data.texts[row_id],
+                **({"text": data.texts[row_id]} if row_id in data.texts else {}),
                 **{name: values[rank - 1] for name, values in ranking["columns"].items()},
             }
         )
@@ -171,18 +191,11 @@ def _suspects(ranking: dict[str, Any], data: SeedData) -> list[dict[str, Any]]:
 
 
 def seed_data(plan: Plan, seed: int) -> SeedData:
-    """Everything one seed trains and measures on: poisoned by that seed, tokenized."""
+    """Everything one seed trains and measures on: poisoned by that seed, texts tokenized."""
     run, trigger = plan.run, plan.run.get_trigger()
 
-    def tokenized(rows: Dataset) -> Dataset:
-        keep = [name for name in ("label", "row_id") if name in rows.column_names]
-        return rows.map(
-            lambda batch: plan.tokenizer(batch["text"], truncation=True, max_length=run.max_length),
-            batched=True,
-            remove_columns=[name for name in rows.column_names if name not in keep],
-            keep_in_memory=True,
-            load_from_cache_file=False,
-        )
+    def made(rows: Dataset) -> Dataset:
+        return plan.kind.rows(plan.processor, rows, max_length=run.max_length)
 
     train, validation, judged = (plan.data[split] for split in ("train", "validation", run.eval_split))
     poisoned = poison(run, train, seed)
@@ -191,19 +204,20 @@ def seed_data(plan: Plan, seed: int) -> SeedData:
     triggered = curve_triggered = None
     if trigger is not None:
         options: dict[str, Any] = {"target": run.target, "seed": seed}
-        triggered = tokenized(trigger_dataset(judged, trigger, **options))
-        curve_triggered = tokenized(trigger_dataset(few, trigger, **options))
+        triggered = made(trigger_dataset(judged, trigger, **options))
+        curve_triggered = made(trigger_dataset(few, trigger, **options))
     return SeedData(
         seed=seed,
         label_names=train.features["label"].names,
-        clean=tokenized(train),
-        train=tokenized(rows),
-        test=tokenized(judged),
+        clean=made(train),
+        train=made(rows),
+        test=made(judged),
         triggered=triggered,
-        curve=tokenized(few),
+        curve=made(few),
         curve_triggered=curve_triggered,
         poisoned=poisoned,
-        texts=dict(zip(rows["row_id"], rows["text"], strict=True)),
+        texts=dict(zip(rows["row_id"], rows["text"], strict=True)) if plan.kind is TEXT else {},
+        kind=plan.kind,
     )
 
 
@@ -211,4 +225,4 @@ def _baselines(plan: Plan) -> dict[str, tuple[int, int]]:
     if not plan.run.baselines:
         return {}
     judged = DatasetDict({**plan.data, "test": plan.data[plan.run.eval_split]})
-    return baselines(judged, seed=0)
+    return plan.kind.baselines(judged)

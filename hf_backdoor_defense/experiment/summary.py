@@ -25,6 +25,13 @@ from hf_backdoor_defense.experiment.behind import (
     filter_verdict,
 )
 from hf_backdoor_defense.experiment.command import command
+from hf_backdoor_defense.experiment.purified import (
+    Purified,
+    purified_brief,
+    purify_failures,
+    purify_records,
+    purify_verdict,
+)
 from hf_backdoor_defense.reporting.histograms import count_rows
 from hf_backdoor_defense.reporting.html import REPORT_NAME, write_report
 from hf_backdoor_defense.reporting.plots import plot_ca_asr, plot_curves, plot_scores
@@ -59,6 +66,7 @@ def records_of(
     planted: dict[int, set[int]],
     baselines: dict[str, tuple[int, int]],
     behind: Behind | None = None,
+    purified: Purified | None = None,
 ) -> list[Record]:
     """Every measured value of a run, one record each."""
     run = plan.run
@@ -114,14 +122,21 @@ def records_of(
             add(seed, arm, "precision", precision_at(hits, sum(hits)))
             add(seed, arm, "recall", len(planted[seed] & set(ranking["dropped"])) / len(planted[seed]))
             add(seed, arm, "auroc", auroc(ranking["scores"], hits))
+    if purified:
+        records += purify_records(purified, {seed: arms["undefended"] for seed, arms in results.items()}, common)
     return records + filter_records(behind or {}, common)
 
 
 def summarize_run(
-    plan: Any, results: Results, between: dict[int, Between], records: list[Record], behind: Behind | None = None
+    plan: Any,
+    results: Results,
+    between: dict[int, Between],
+    records: list[Record],
+    behind: Behind | None = None,
+    purified: Purified | None = None,
 ) -> Outcome:
     """Table, gates and verdict."""
-    failures = filter_failures(behind or {})
+    failures = filter_failures(behind or {}) + purify_failures(purified or {})
     run = plan.run
     for objective in plan.defenses:
         for seed, arms in results.items():
@@ -146,6 +161,9 @@ def summarize_run(
     if behind:
         table = "\n\n".join(filter(None, [table, filter_table(records, run.filters)]))
         said = " ".join(filter(None, [said, filter_verdict(behind) if attack_took(results) else ""]))
+    if purified and attack_took(results):
+        attacked, floor = _mean(results, "undefended", "asr"), _mean(results, "clean_reference", "asr")
+        said = " ".join(filter(None, [said, purify_verdict(purified, attacked=attacked, floor=floor)]))
     return Outcome(records, table, said, failures)
 
 
@@ -196,9 +214,10 @@ def verdict(plan: Any, results: Results, majority: float | None = None) -> str:
             what = "destroyed the model"
         cost = f"costs {drop:.3f} CA" if drop > 0 else "costs no CA"
         parts.append(f"{name} {what} (ASR {asr:.2f}) and {cost}")
+    unrun = "no defense was trained" if plan.run.purify else "no defense was run"
     return (
-        f"Undefended, {attacked:.0%} of triggered texts go to the target (clean floor {floor:.0%}); "
-        f"{'; '.join(parts) or 'no defense was run'}. This is about this trigger only.{close}"
+        f"Undefended, {attacked:.0%} of triggered {plan.kind.noun} go to the target (clean floor {floor:.0%}); "
+        f"{'; '.join(parts) or unrun}. This is about this trigger only.{close}"
     )
 
 
@@ -224,6 +243,7 @@ def write_outcome(
     suspects: list[dict[str, Any]],
     planted: dict[int, set[int]],
     behind: Behind | None = None,
+    purified: Purified | None = None,
 ) -> None:
     """`results.json`, `suspects.jsonl`, `table.txt`, the plots and `report.html`, each whole or not at all."""
     folder, run = plan.folder, plan.run
@@ -238,7 +258,7 @@ def write_outcome(
             "gates": {"max_asr_over_floor": run.max_asr_over_floor, "max_ca_drop": run.max_ca_drop},
             "command": command(run, plan.training, plan.defenses),
             "planted": plan.planted,
-            "trigger": None if trigger is None else trigger.text,
+            "trigger": None if trigger is None else plan.kind.shown(trigger),
             "records": outcome.records,
             "between": {
                 str(seed): {arm: [_brief(r) for r in trainings] for arm, trainings in of_seed.items()}
@@ -249,6 +269,7 @@ def write_outcome(
             },
             "histograms": histograms(results, between, planted) + filter_histograms(behind or {}),
             **({"filters": brief(behind)} if behind else {}),
+            **({"purified": purified_brief(purified)} if purified else {}),
         },
     )
     write_bytes(folder / "table.txt", f"{outcome.table}\n\n{outcome.verdict}\n".encode())

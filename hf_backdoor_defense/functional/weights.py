@@ -36,7 +36,7 @@ def frobenius_norms(weights: Sequence[Tensor]) -> Tensor:
         raise ValueError("There are no weights to take the norm of, got an empty list. Name at least one matrix.")
     group, local = None, list(weights)
     if any(hasattr(w, "device_mesh") for w in weights):
-        local, group = _locals(weights)
+        local, group = shards(weights)
     return _Norms.apply(group, *local)  # type: ignore[no-any-return]
 
 
@@ -63,7 +63,7 @@ class _Norms(torch.autograd.Function):
         return (None, *grads)
 
 
-def _locals(weights: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+def shards(weights: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
     """The shards of DTensors and the group they are spread over. Every one must be cut along one mesh dimension."""
     meshes = {w.device_mesh for w in weights if hasattr(w, "device_mesh")}
     if len(meshes) != 1 or not all(hasattr(w, "device_mesh") for w in weights):

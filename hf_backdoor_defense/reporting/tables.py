@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hf_backdoor_defense.evaluation.metrics import Estimate, mean_over_seeds
 from hf_backdoor_defense.reporting.results import METRICS, Record, cell_key
 
-BASELINES = ("majority", "tfidf")  # deterministic: one seed is all there is
+BASELINES = ("majority", "tfidf", "pixels")  # deterministic: one seed is all there is
 ORDER = (*BASELINES, "clean_reference", "undefended", "matched_decay", "fine_tuning")
 COLUMNS = ("ca", "asr", "ftr", "r_acc", "time_ratio", "peak_bytes")
 MISSING = "–"

@@ -41,7 +41,7 @@ from hf_backdoor_defense.trainers.heads import (
     take_labels,
 )
 from hf_backdoor_defense.trainers.labeled import LabeledOnly, only_at, take_labeled
-from hf_backdoor_defense.trainers.state import load_states, require_safetensors, save_objectives
+from hf_backdoor_defense.trainers.state import load_renamed, load_states, require_safetensors, save_objectives
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,7 @@ class DefenseMixin(_Base):
             )
         if checkpoint is not None:
             load_states(self.objectives, checkpoint)
+            load_renamed(self.model, checkpoint)
         for objective in self.objectives:
             objective.prepare(self, checkpoint=checkpoint)
         return super().train(resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from hf_backdoor_defense.defenses.d3 import D3
 from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.defenses.psim import PSIM
 from hf_backdoor_defense.defenses.recipe import RECIPE
+from hf_backdoor_defense.defenses.ulrl import ULRL
 from hf_backdoor_defense.trainers.heads import loss_kind
 from hf_backdoor_defense.trainers.hosts import DefendedSeq2SeqTrainer, DefendedTrainer
 from hf_backdoor_defense.trainers.pretraining import language_collator
@@ -32,6 +34,28 @@ class DeCESeq2SeqTrainer(DefendedSeq2SeqTrainer):
 
     def __init__(self, *args: Any, defense: DeCE | None = None, **kwargs: Any) -> None:
         super().__init__(*args, defense=DeCE() if defense is None else defense, **kwargs)
+
+
+class D3Trainer(DefendedTrainer):
+    """Purifies a trained classifier with D3: the model is the untrusted one, `train_dataset` the clean rows. SGD with momentum,
+    `weight_decay=0` and `max_grad_norm=0`; `purify` sets them.
+
+    >>> from hf_backdoor_defense import D3Trainer
+    """
+
+    def __init__(self, *args: Any, defense: D3 | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, defense=D3() if defense is None else defense, **kwargs)
+
+
+class ULRLTrainer(DefendedTrainer):
+    """Purifies a trained classifier with ULRL: the model is the untrusted one, `train_dataset` the clean rows. SGD with
+    momentum, `weight_decay=0` and `max_grad_norm=0`; `purify` sets them.
+
+    >>> from hf_backdoor_defense import ULRLTrainer
+    """
+
+    def __init__(self, *args: Any, defense: ULRL | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, defense=ULRL() if defense is None else defense, **kwargs)
 
 
 class PSIMTrainer(DefendedTrainer):

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_backdoor_defense.objectives import Objective
 
@@ -86,6 +88,22 @@ def require_safetensors(checkpoint: str | Path) -> None:
             f"`{checkpoint}` has no safetensors weights (found: {found}): other formats can run code while loading and "
             "are not read here. Convert it with a tool you trust, in a sandbox, and save it with save_pretrained()."
         )
+
+
+def load_renamed(model: Any, checkpoint: str | Path) -> None:
+    """Load a checkpoint in which weights have other names than in the model; do nothing where all names are the model's.
+
+    `save_pretrained` gives some models (ViT) the names that their published checkpoints have. `from_pretrained` takes that
+    back, but the Trainer of transformers 5.23 does not when it resumes: it would leave these weights as it found them.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    known = set(model.state_dict())
+    for path in Path(checkpoint).glob("model*.safetensors"):
+        with safe_open(path, "pt") as saved:
+            if not known.issuperset(saved.keys()):
+                model.load_state_dict(type(model).from_pretrained(checkpoint, config=model.config).state_dict())
+                return
 
 
 def _read(folder: str | Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:

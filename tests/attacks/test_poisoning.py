@@ -7,12 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from hf_backdoor_defense.attacks.image_triggers import SIG, Blend, ImageTrigger, Patch
 from hf_backdoor_defense.attacks.poisoning import check_trigger_fits, count_visible, poison_dataset, trigger_dataset
 from hf_backdoor_defense.attacks.triggers import BadNets, InSent, Trigger
+from hf_backdoor_defense.data.pixels import pixels, png
 
 FEATURES = Features(
     {
@@ -239,6 +241,100 @@ def test_neighbors_of_refused_inputs_pass(change: dict, requested: int) -> None:
 def test_trigger_dataset_refuses_poisoned_rows() -> None:
     with pytest.raises(ValueError, match="must be clean, got 6 rows"):
         trigger_dataset(poisoned_before(), BadNets(), target=1, seed=0)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def make_images(n: int = 30, size: int = 8) -> Dataset:
+    """n rows of noise, labels 0 1 2 0 1 2 …, ids that are neither sorted nor contiguous."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "image": [png(rng.integers(0, 256, size=(size, size, 1), dtype=np.uint8)) for _ in range(n)],
+        "label": [i % 3 for i in range(n)],
+        "row_id": [(7 * i) % 101 + 1000 for i in range(n)],
+    }
+    features = Features(image=Image(), label=ClassLabel(names=["a", "b", "c"]), row_id=Value("int64"))
+    return Dataset.from_dict(columns, features=features)
+
+
+def cells(dataset: Dataset) -> list[dict]:
+    return dataset.cast_column("image", Image(decode=False))["image"][:]
+
+
+@pytest.mark.parametrize("clean_label", [False, True])
+@pytest.mark.parametrize("trigger", [Patch(), Blend(), SIG(frequency=2)], ids=lambda t: t.name)
+def test_only_drawn_images_change_and_only_as_announced(trigger: ImageTrigger, clean_label: bool) -> None:
+    clean = make_images()
+    result = poison_dataset(clean, trigger, target=1, rate=0.2, clean_label=clean_label, seed=5)
+    assert result.dataset.column_names == [*clean.column_names, "is_poisoned", "original_label"]
+    assert {name: result.dataset.features[name] for name in clean.column_names} == dict(clean.features)
+    for before, after, old, new in zip(clean, result.dataset, cells(clean), cells(result.dataset), strict=True):
+        assert (after["row_id"], after["original_label"]) == (before["row_id"], before["label"])
+        if not after["is_poisoned"]:
+            assert (new, after["label"]) == (old, before["label"])  # not even encoded anew
+            continue
+        assert (before["label"] == 1) == clean_label and after["label"] == 1
+        assert (pixels(after["image"]) == trigger.apply(pixels(before["image"]))).all()
+        assert after["image"].format == "PNG"
+    assert sum(result.dataset["is_poisoned"]) == result.requested == result.carrying == 6
+    assert (result.already, result.trigger) == (0, trigger)
+    assert cells(clean) == cells(make_images())  # the input is not changed
+
+
+def test_images_are_drawn_as_texts_are_whatever_their_order() -> None:
+    clean = make_images(60)
+    texts = clean.remove_columns("image").add_column("text", ["a b"] * 60)
+
+    def drawn(dataset: Dataset, trigger: Trigger | ImageTrigger) -> set:
+        poisoned = poison_dataset(dataset, trigger, target=2, rate=0.25, seed=1).dataset
+        return {row["row_id"] for row in poisoned if row["is_poisoned"]}
+
+    assert drawn(clean, Patch()) == drawn(clean.shuffle(seed=3), Patch()) == drawn(texts, BadNets())
+
+
+def test_the_triggered_images_are_all_other_rows_with_their_true_labels() -> None:
+    clean = make_images().rename_columns({"image": "img", "label": "y"})
+    triggered = trigger_dataset(clean, Patch(), target=1, seed=0, image_column="img", label_column="y")
+    expected = clean.filter(lambda row: row["y"] != 1)
+    assert triggered.features == clean.features
+    assert triggered.remove_columns("img")[:] == expected.remove_columns("img")[:]
+    for before, after in zip(expected, triggered, strict=True):
+        assert (pixels(after["img"]) == Patch().apply(pixels(before["img"]))).all()
+
+
+def test_a_trigger_that_changes_nothing_is_not_counted_as_carried() -> None:
+    result = poison_dataset(make_images(), Blend(alpha=0), target=1, rate=0.2, seed=0)
+    assert (result.requested, result.carrying, result.already) == (6, 0, 30)
+    with pytest.warns(UserWarning, match="acts as frequency 0, which changes nothing"):
+        assert poison_dataset(make_images(), SIG(frequency=4), target=1, rate=0.2, seed=0).carrying == 0
+    once = poison_dataset(make_images(), Patch(), target=1, rate=0.2, seed=0).dataset
+    again = once.remove_columns(["is_poisoned", "original_label"])
+    assert poison_dataset(again, Patch(), target=1, rate=0.2, seed=1).already == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "dataset", "message"),
+    [
+        ({}, make, "must have the column 'image', got.*data.load_images.*image_column"),
+        ({"image_column": "text"}, make, "column 'text' must hold images for an image trigger, got Value"),
+        ({"trigger": BadNets()}, make_images, "must have the column 'text', got"),
+        ({"trigger": BadNets(), "text_column": "image"}, make_images, "must have a string and a label >= 0"),
+        ({"rate": 0.35, "clean_label": True}, make_images, "at most 0.3333 for clean-label"),
+        ({"trigger": Patch(size=9)}, make_images, "at least as large as the patch, 9 x 9, got 8 x 8"),
+        (
+            {},
+            lambda: Dataset.from_dict(
+                {**make_images(3).to_dict(), "image": [None] * 3}, features=make_images().features
+            ),
+            "must have an image and a label >= 0, got None and 0 in row_id 1000.*Drop rows without image or label",
+        ),
+    ],
+)
+def test_refused_images(change: dict, dataset, message: str) -> None:
+    arguments = {"trigger": Patch(), "target": 1, "rate": 0.1, "seed": 0, **change}
+    with pytest.raises(ValueError, match=message):
+        poison_dataset(dataset(), arguments.pop("trigger"), **arguments)
 
 
 # --- visibility after tokenization ---------------------------------------------------------------------------------

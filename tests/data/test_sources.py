@@ -13,7 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hf_backdoor_defense import data
-from hf_backdoor_defense.data import sources
+from hf_backdoor_defense.data import splits
 from hf_backdoor_defense.data.sources import load
 from hf_backdoor_defense.data.summary import baselines, describe
 
@@ -193,11 +193,11 @@ def test_quotas_sum_and_stay_within_one_of_proportion():
         counts = {k: rng.randint(1, 40) for k in range(rng.randint(2, 6))}
         whole = sum(counts.values())
         total = rng.randint(0, whole)
-        quotas = sources._quotas(counts, total, low=0, spare=0)
+        quotas = splits.quotas(counts, total, low=0, spare=0)
         assert sum(quotas.values()) == total
         assert all(abs(quotas[k] - total * n / whole) < 1 for k, n in counts.items())
         low, spare = rng.randint(0, 1), rng.randint(0, 1)
-        quotas = sources._quotas(counts, total, low=min(low, 1 - spare), spare=spare)
+        quotas = splits.quotas(counts, total, low=min(low, 1 - spare), spare=spare)
         assert all(min(low, 1 - spare) <= quotas[k] <= n - spare for k, n in counts.items())
         assert sum(quotas.values()) == min(max(total, min(low, 1 - spare) * len(counts)), whole - spare * len(counts))
 
