@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning bench-recipe bench-recipe_step bench-purify bench-purifier_step search-dece search-trajectory search-recipe search-purify test-lowest clean
+.PHONY: help demo demo-images test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning bench-recipe bench-recipe_step bench-purify bench-purifier_step search-dece search-trajectory search-recipe search-purify test-lowest clean
 
 help: ## this list
 	@grep -hE '^[a-z_%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_%-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-26s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## poison, train, defend, measure: the whole product in about three minutes
 	$(BIN)/hfbd train --preset offline --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+demo-images: $(STAMP) ## the same story on digits: a patch is planted, and removed with 300 clean images; under three minutes
+	$(BIN)/hfbd train --preset digits --output_dir runs/demo-images-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP) ## all tests, examples in docstrings included
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -5,13 +5,13 @@
 | `clean_reference` | trained on clean rows: the floor of ASR (its FTR) |
 | `undefended` | trained on the poisoned rows |
 | `fine_tuning` | the undefended model, trained on with the clean rows: the control, at every method's settings |
+| `retrained` | a fresh model (texts: the pretrained encoder) trained on the clean rows alone: what they are worth by themselves |
 | `ft_sam`, `d3`, `ulrl` (extended: `fine_pruning`) | the same rows, optimizer, rate, updates and seed |
 | setting "CELL: clean model" | the same four on the clean reference: what a defense costs where there is nothing to purify |
 
-The clean rows are a share of the training rows as they were before the attack, as published; no method sees the test rows or a
-trigger. The attacker trains with SGD (rate 0.05, images) or AdamW (texts): what is planted so survives plain fine-tuning, which
-is what makes it a test. Defaults of the methods and the rate of the host come from `benchmarks.purify_search` (validation rows, other
-seeds).
+The clean rows are a share of the training rows as they were before the attack; no method sees the test rows or a trigger. The
+attacker trains with SGD (rate 0.05, images) or AdamW (texts): what is planted so survives plain fine-tuning, which is what makes
+it a test. Defaults of the methods and the rate of the host come from `benchmarks.purify_search` (validation rows, other seeds).
 
 Core: digits {patch, blend} with 20 % clean rows and SST-2 BadNets with 300, three seeds; sign digits {patch, SIG}, one seed.
 """
@@ -39,6 +39,7 @@ from hf_backdoor_defense.data.images import load_images
 from hf_backdoor_defense.data.sources import load
 from hf_backdoor_defense.evaluation.evaluator import BackdoorScores, evaluate_backdoor
 from hf_backdoor_defense.evaluation.metrics import Estimate, defense_effectiveness_rate
+from hf_backdoor_defense.experiment.attack_models import silent
 from hf_backdoor_defense.experiment.purify import purify
 from hf_backdoor_defense.experiment.steps import kept_folder
 from hf_backdoor_defense.models import load_classifier, mark_backdoored
@@ -121,8 +122,13 @@ def fresh(problem: Problem, names: list[str], seed: int, image: Any) -> Classifi
     return Classifier(model=model, processor=processor, kind="image", labels=names)
 
 
-def trained(problem: Problem, train: Dataset, seed: int, folder: Path, *, mark: dict[str, Any] | None = None) -> Path:
-    """A model trained on `train`, saved once. Images: SGD 0.05 with momentum and decay; texts: AdamW, 2 epochs of 5e-5."""
+def trained(
+    problem: Problem, train: Dataset, seed: int, folder: Path, *, mark: dict[str, Any] | None = None, longer: int = 1
+) -> Path:
+    """A model trained on `train`, saved once. Images: SGD 0.05 with momentum and decay; texts: AdamW, 3 epochs of 5e-5.
+
+    `longer`: so many times the epochs, for few rows.
+    """
 
     def make(partial_folder: Path) -> None:
         names = train.features["label"].names
@@ -134,7 +140,7 @@ def trained(problem: Problem, train: Dataset, seed: int, folder: Path, *, mark: 
         set_seed(seed)
         args = TrainingArguments(
             str(partial_folder / "run"), seed=seed, report_to="none", save_strategy="no", remove_unused_columns=False,
-            num_train_epochs=3 if text else problem.epochs, per_device_train_batch_size=32 if text else 64,
+            num_train_epochs=longer * (3 if text else problem.epochs), per_device_train_batch_size=32 if text else 64,
             learning_rate=5e-5 if text else 0.05, lr_scheduler_type="linear" if text else "cosine", warmup_steps=0.1,
             logging_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
             train_sampling_strategy="group_by_length" if text else "random",
@@ -210,11 +216,16 @@ def run_cell(
         "benchmark": "purify", "dataset": _key(problem), "model": "minilm" if problem.kind == "text" else "tiny-vit",
         "attack": problem.trigger["name"], "seed": seed, "env": environment(),
     }  # fmt: skip
-    records, lines = [], []
+    records: list[Record] = []
+    lines: list[str] = []
     for arm, found in before.items():
         records += _scores(found, arm, cell.setting, common)
         lines.append(f"{cell.setting} {seed} {arm:16} {_line(found)}")
         print(lines[-1], flush=True)
+    alone = trained(
+        problem, rows.clean, seed, RUNS / "retrained" / f"{_key(problem)}-{len(rows.clean)}-{seed}", longer=3
+    )
+    records += _scores(scored(loaded(problem, alone, names), rows), "retrained", cell.setting, common)
     for arm, place in places.items():
         if arm == "clean_reference" and not problem.on_clean:
             continue
@@ -292,7 +303,9 @@ SIGNS = Problem(str(DATA / "sign_digits" / "sign_digits_32.npz"), "image", {"nam
 SST2 = Problem(str(DATA / "sst2"), "text", {"name": "badnets", "words": ["cf"]}, clean=300, limit=1000, on_clean=False)
 PROBLEMS: dict[str, Problem] = {
     "digits patch": DIGITS,
-    "digits blend": dataclasses.replace(DIGITS, trigger={"name": "blend"}, on_clean=False),  # the clean model is the same
+    "digits blend": dataclasses.replace(
+        DIGITS, trigger={"name": "blend"}, on_clean=False
+    ),  # the clean model is the same
     "sst2 badnets": SST2,
     "signs patch": SIGNS,
     "signs sig": dataclasses.replace(SIGNS, trigger={"name": "sig"}, clean_label=True, rate=0.08, on_clean=False),
@@ -313,7 +326,8 @@ def main() -> None:
     def run(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]:
         if cell.setting in ONE_SEED and seed != SEEDS[0]:
             return [], ""
-        return run_cell(PROBLEMS[cell.setting], METHODS, cell, seed, folder)
+        with silent():
+            return run_cell(PROBLEMS[cell.setting], METHODS, cell, seed, folder)
 
     cells = [
         Cell(

@@ -10,7 +10,9 @@ class EvalArguments:
 
     model: str | None = field(default=None, metadata={"help": "folder or Hub id of a finished classifier"})
     task: str | None = field(default=None, metadata={"help": "as for hfbd train; its test split is used"})
+    kind: str | None = field(default=None, metadata={"help": "text or image, where the model does not say which"})
     text_column: str = field(default="text", metadata={"help": "column with the text"})
+    image_column: str = field(default="image", metadata={"help": "column with the image"})
     label_column: str = field(default="label", metadata={"help": "column with the label"})
     limit: int | None = field(default=None, metadata={"help": "take a stratified share of the data"})
     max_length: int = field(default=128, metadata={"help": "tokens per text"})

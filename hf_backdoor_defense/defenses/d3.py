@@ -57,7 +57,7 @@ class D3(Objective):
     >>> D3(lam=-1.0)
     Traceback (most recent call last):
     ...
-    ValueError: d3: `lam` must be finite and >= 0, got -1.0: it weighs the clean loss. Use 2.0.
+    ValueError: d3: `lam` must be finite and >= 0, got -1.0: it weighs the clean loss. Use 5.0.
     """
 
     name = "d3"
@@ -69,7 +69,7 @@ class D3(Objective):
         "paper": {"lam": 10.0, "eps": 0.1, "hinge": "batch", "rescale": False, "targets": "head"},  # as summaries have it
     }  # fmt: skip
 
-    lam: float = 2.0
+    lam: float = 5.0
     eps: float = 0.1
     hinge: Literal["sample", "batch"] = "sample"
     rescale: bool = True
@@ -98,7 +98,7 @@ class D3(Objective):
         """A weight and a bound that are ones."""
         reasons = []
         if not (math.isfinite(self.lam) and self.lam >= 0):
-            reasons.append(f"`lam` must be finite and >= 0, got {self.lam}: it weighs the clean loss. Use 2.0.")
+            reasons.append(f"`lam` must be finite and >= 0, got {self.lam}: it weighs the clean loss. Use 5.0.")
         if not (math.isfinite(self.eps) and self.eps >= 0):
             reasons.append(f"`eps` must be finite and >= 0, got {self.eps}: it is a loss in nats. Use 0.1.")
         if not self.targets:

@@ -111,8 +111,7 @@ class RunArguments:
             raise ValueError(
                 f"`eval_split` must be test or validation, got {self.eval_split!r}: train rows are learned."
             )
-        if self.kind not in (None, "text", "image"):
-            raise ValueError(f"`kind` must be text or image, got {self.kind!r}. Leave it out: the model says it.")
+        self.check_kind()
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(
                 f"`momentum` must be in [0, 1), got {self.momentum}: it is the share of the last step that is kept. Use 0.9."
@@ -149,11 +148,16 @@ class RunArguments:
         if set(names) & set(PURIFIERS):
             name = next(name for name in names if name in PURIFIERS)
             raise ValueError(
-                f"`{name}` purifies a model that is trained already, with clean rows. Use --purify {name} for the undefended model "
+                f"`{name}` purifies a model that is trained already, with clean rows. Use --purify {name} for the undefended one "
                 f"of this run, or hfbd clean --method {name}."
             )
         if (self.max_asr_over_floor is not None or self.max_ca_drop is not None) and not defenses:
             raise ValueError("A gate judges a defense, and none is given. Add --defense, for example trajectory.")
+
+    def check_kind(self) -> None:
+        """Raise ValueError for a kind that there is not."""
+        if self.kind not in (None, "text", "image"):
+            raise ValueError(f"`kind` must be text or image, got {self.kind!r}. Leave it out: the model says it.")
 
     def _check_filters(self) -> None:
         for name in self.filters:

@@ -4,14 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import DataCollatorWithPadding
 
-from hf_backdoor_defense.attacks.poisoning import check_trigger_fits, trigger_dataset
-from hf_backdoor_defense.data.sources import load
+from hf_backdoor_defense.attacks.poisoning import trigger_dataset
 from hf_backdoor_defense.evaluation.evaluator import BackdoorScores, evaluate_backdoor
 from hf_backdoor_defense.experiment.arguments import RunArguments
-from hf_backdoor_defense.models import load_finished_classifier
+from hf_backdoor_defense.experiment.kinds import find_kind
 from hf_backdoor_defense.reporting.results import Record, environment, write_json
 from hf_backdoor_defense.reporting.tables import render_terminal
 
@@ -20,7 +17,9 @@ def measure(
     *,
     model: str | None,
     task: str | None,
+    kind: str | None = None,
     text_column: str = "text",
+    image_column: str = "image",
     label_column: str = "label",
     limit: int | None = None,
     max_length: int = 128,
@@ -41,13 +40,19 @@ def measure(
             task, a target that does not exist, a trigger that does not fit.
     """
     if not model or not task:
-        raise ValueError("hfbd eval needs --model (a finished classifier) and --task (labeled texts).")
+        raise ValueError("hfbd eval needs --model (a finished classifier) and --task (labeled texts or images).")
     if (max_asr_over_floor is not None or max_ca_drop is not None) and clean_reference is None:
         raise ValueError("The gates compare with a model known to be clean: give it as --clean_reference.")
     if max_asr_over_floor is not None and simulate is None:
         raise ValueError("`max_asr_over_floor` needs a trigger: add --simulate badnets.")
-    chosen = RunArguments(task=task, simulate=simulate, trigger=trigger).get_trigger()
-    data = load(task, text_column=text_column, label_column=label_column, limit=limit)
+    run = RunArguments(
+        task=task, model_name=model, kind=kind, simulate=simulate, trigger=trigger, max_length=max_length,
+        text_column=text_column, image_column=image_column, label_column=label_column,
+    )  # fmt: skip
+    chosen = run.get_trigger()
+    run.check_kind()
+    found = find_kind(model, chosen=kind)
+    data = found.load(run, limit=limit)
     classes = data["train"].features["label"].num_classes
     if chosen is not None and not 0 <= target < classes:
         raise ValueError(f"`target` must be one of the classes 0..{classes - 1}, got {target}.")
@@ -56,26 +61,16 @@ def measure(
     scores: dict[str, BackdoorScores] = {}
     names = {"model": model} if clean_reference is None else {"clean_reference": clean_reference, "model": model}
     for name, place in names.items():
-        network, tokenizer = load_finished_classifier(place, num_labels=classes)
+        network, processor = found.finished(place, num_labels=classes)
         if chosen is not None:
-            check_trigger_fits(chosen, tokenizer, max_length)
-
-        def tokenized(rows: Dataset, tokenizer: Any = tokenizer) -> Dataset:
-            return rows.map(
-                lambda batch: tokenizer(batch["text"], truncation=True, max_length=max_length),
-                batched=True,
-                remove_columns=[column for column in rows.column_names if column != "label"],
-                keep_in_memory=True,
-                load_from_cache_file=False,
-            )
-
+            found.check_trigger(chosen, processor, max_length=max_length)
         network.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         scores[name] = evaluate_backdoor(
             network,
-            tokenized(test),
-            None if triggered is None else tokenized(triggered),
+            found.rows(processor, test, max_length=max_length),
+            None if triggered is None else found.rows(processor, triggered, max_length=max_length),
             target=target,
-            collate=DataCollatorWithPadding(tokenizer),
+            collate=found.collator(processor, network.config),
             batch_size=batch_size,
             progress=True,
         )

@@ -47,8 +47,8 @@ class PurifySettings:
 
 # benchmarks/results/purify_search.jsonl holds what was tried.
 DEFAULTS = {
-    "image": PurifySettings(learning_rate=1e-3, epochs=60.0, batch_size=64),
-    "text": PurifySettings(learning_rate=1e-3, epochs=15.0, batch_size=32),
+    "image": PurifySettings(learning_rate=1e-2, epochs=120.0, batch_size=64),
+    "text": PurifySettings(learning_rate=5e-3, epochs=8.0, batch_size=32),
 }
 
 
@@ -56,7 +56,7 @@ def purify_settings(kind: str, **overrides: float | int | None) -> PurifySetting
     """The recommended settings for "text" or "image", some overridden; None leaves one as it is.
 
     >>> purify_settings("text", epochs=2, batch_size=None)
-    PurifySettings(learning_rate=0.001, epochs=2, batch_size=32)
+    PurifySettings(learning_rate=0.005, epochs=2, batch_size=32)
     """
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     return dataclasses.replace(DEFAULTS[kind], **given)
