@@ -21,7 +21,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from hf_backdoor_defense.attacks.triggers import get_trigger
 from hf_backdoor_defense.classifiers import Classifier
 from hf_backdoor_defense.data.images import load_images
 from hf_backdoor_defense.data.sources import load
+from hf_backdoor_defense.defenses.d3 import D3
 from hf_backdoor_defense.evaluation.evaluator import BackdoorScores, evaluate_backdoor
 from hf_backdoor_defense.evaluation.metrics import Estimate, defense_effectiveness_rate
 from hf_backdoor_defense.experiment.attack_models import silent
@@ -68,6 +69,9 @@ class Problem:
     limit: int | None = None
     on_clean: bool = True
     epochs: int = 100
+    variants: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # further settings of D3, reported as "CELL: NAME"
 
     def get_trigger(self) -> Any:
         return (get_trigger if self.kind == "text" else get_image_trigger)(**self.trigger)
@@ -241,6 +245,13 @@ def run_cell(
                 f"{setting} {seed} {method:16} {_line(found)}{f' suspects {flagged}' if method == 'ulrl' else ''}"
             )
             print(lines[-1], flush=True)
+    for name, fields in problem.variants.items():
+        setting = f"{cell.setting}: {name}"
+        make = partial(purified, problem, places["undefended"], rows, D3.from_dict(fields), seed)
+        found, report = _kept(folder / "undefended" / f"{name.replace(' ', '-')}.json", make)
+        records += _scores(found, "d3", setting, common)
+        records += _costs(found, before["undefended"], report, "d3", setting, common)
+        print(f"{setting} {seed} {_line(found)}", flush=True)
     return records, ""
 
 
@@ -300,7 +311,8 @@ def _line(found: BackdoorScores) -> str:
 
 DIGITS = Problem("offline:digits", "image", {"name": "patch"})
 SIGNS = Problem(str(DATA / "sign_digits" / "sign_digits_32.npz"), "image", {"name": "patch"})
-SST2 = Problem(str(DATA / "sst2"), "text", {"name": "badnets", "words": ["cf"]}, clean=300, limit=1000, on_clean=False)
+SST2 = Problem(str(DATA / "sst2"), "text", {"name": "badnets", "words": ["cf"]}, clean=300, limit=1000, on_clean=False,
+               variants={"d3 from W0": {"warm_up": "near", "lam": 2.0}})  # fmt: skip
 PROBLEMS: dict[str, Problem] = {
     "digits patch": DIGITS,
     "digits blend": dataclasses.replace(

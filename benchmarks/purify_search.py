@@ -113,7 +113,7 @@ def texts(problem: str) -> list[Cell]:
     return [
         *cells(problem, "undefended", {}, [{}]),
         *cells(problem, "fine_tuning", {}, [mid, fast]),
-        *cells(problem, "d3", {}, [mid]),
+        *cells(problem, "d3", {**NOISE, "lam": 2.0}, [mid]),
         *cells(problem, "ulrl", {}, [mid]),
         *cells(problem, "d3", {"targets": "all-linear", "warm_up": "near", "lam": 2.0}, [mid]),
         *cells(problem, "ft_sam", {}, [mid]),
