@@ -2,8 +2,8 @@
 
     python examples/purify_checkpoint.py      # digits, a small vision transformer; about two minutes on 2 cores
 
-The model is backdoored on purpose first, so that there is something to see: a checker of 2 x 2 pixels means class 0. The methods see
-clean rows alone. Plain fine-tuning with the same rows and updates stands beside them: what it removes is no method's merit.
+The model is backdoored on purpose first, so that there is something to see: a checker of 2 x 2 pixels means class 0. The methods
+see clean rows alone. Plain fine-tuning with the same rows and updates stands beside them: what it removes is no method's merit.
 """
 
 from transformers import TrainingArguments

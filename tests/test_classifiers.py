@@ -56,7 +56,7 @@ def lora(folder, tmp_path, **overrides):
     torch.manual_seed(1)
     model = apply_strategy(base, "lora", r=2, **overrides)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "adapter")
