@@ -117,6 +117,7 @@ class Relearning(ULRL):
         scores = torch.zeros(layer.out_features)
         self.load_state_dict(
             {
+                **self.state_dict(),
                 "old": layer.weight.detach()[:count].clone(), "scores": scores, "z": scores.clone(), "cosine": torch.zeros(()),
                 "flagged": list(range(count)), "accuracies": [0.0], "unlearned": 1, "layer": name,
                 "units": "rows" if rows else "hidden",

@@ -310,7 +310,7 @@ def _line(found: BackdoorScores) -> str:
 
 
 DIGITS = Problem("offline:digits", "image", {"name": "patch"})
-SIGNS = Problem(str(DATA / "sign_digits" / "sign_digits_32.npz"), "image", {"name": "patch"})
+SIGNS = Problem(str(DATA / "sign_digits" / "sign_digits_32.npz"), "image", {"name": "patch"}, on_clean=False)
 SST2 = Problem(str(DATA / "sst2"), "text", {"name": "badnets", "words": ["cf"]}, clean=300, limit=1000, on_clean=False,
                variants={"d3 from W0": {"warm_up": "near", "lam": 2.0}})  # fmt: skip
 PROBLEMS: dict[str, Problem] = {

@@ -161,7 +161,9 @@ def train_arm(
     return result, list(objectives)
 
 
-def optimizer(run: RunArguments, training: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+def optimizer(
+    run: RunArguments, training: TrainingArguments
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
     """SGD where a momentum is given, which training arguments have no place for; None leaves the choice to them.
 
     >>> optimizer(RunArguments(momentum=0.9), TrainingArguments(learning_rate=0.1))

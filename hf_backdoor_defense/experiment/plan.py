@@ -204,7 +204,17 @@ def resolve(run: RunArguments, training: TrainingArguments, defenses: list[Objec
         with tempfile.TemporaryDirectory() as folder:
             stage = resolve_purification(run, classifier, own, folder)
     plan = Plan(
-        run, training, defenses, data, described, parameters, planted, processor, own if run.filters else None, kind, stage
+        run,
+        training,
+        defenses,
+        data,
+        described,
+        parameters,
+        planted,
+        processor,
+        own if run.filters else None,
+        kind,
+        stage,
     )
     check_folder(plan.folder, plan.identity())
     return plan

@@ -1,7 +1,8 @@
 """A run folder, read and checked for the report: `results.json`, and `suspects.jsonl` where there is one.
 
 Nothing else is read, so that a report can be made again after the arms' folders are gone. Results of an earlier version lack
-keys that came later (`command`, `gates`, `trigger`, `histograms`, `filters`, an arm's `history`): what needs them is left out.
+keys that came later (`command`, `gates`, `trigger`, `histograms`, `filters`, `purified`, an arm's `history`): what needs them is
+left out.
 """
 
 import json
@@ -51,6 +52,17 @@ class Filtered:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Purified:
+    """One purification of the undefended model: why there is none (empty where there is), the classes it suspects, the threshold
+    of its scores, and per layer what was moved (`ratio`) or stood out (`z`, `flagged`)."""
+
+    reason: str
+    suspected: list[str]
+    threshold: float
+    layers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One run, as its folder has it. `name` is the folder's; `arms` is by seed and arm, `between` by seed and "arm, round i":
     the trainings that were only a step of a method."""
@@ -69,11 +81,17 @@ class Run:
     histograms: list[Histogram]
     suspects: list[dict[str, Any]]
     filters: dict[int, dict[str, Filtered]] = field(default_factory=dict)
+    purified: dict[int, dict[str, Purified]] = field(default_factory=dict)
 
     @property
     def filter_names(self) -> list[str]:
         """The filters that were measured, in their order."""
         return list(dict.fromkeys(name for filters in self.filters.values() for name in filters))
+
+    @property
+    def purifiers(self) -> list[str]:
+        """What the undefended model was purified with, in its order."""
+        return list(dict.fromkeys(name for methods in self.purified.values() for name in methods))
 
 
 def read_run(folder: str | Path) -> Run:
@@ -149,6 +167,13 @@ def read_run(folder: str | Path) -> Run:
                 for name, item in check.mapping(filters, f"filters.{seed}").items()
             }
             for seed, filters in check.mapping(payload.get("filters") or {}, "filters").items()
+        },
+        purified={
+            check.seed(seed, "purified"): {
+                name: check.purified(item, f"purified.{seed}.{name}")
+                for name, item in check.mapping(methods, f"purified.{seed}").items()
+            }
+            for seed, methods in check.mapping(payload.get("purified") or {}, "purified").items()
         },
     )
 
@@ -228,6 +253,24 @@ class _Checker:
             activity=self.numbers(item.get("activity") or {}, f"{where}.activity"),
         )
 
+    def purified(self, value: Any, where: str) -> Purified:
+        item = self.mapping(value, where)
+        evidence = self.mapping(item.get("evidence") or {}, f"{where}.evidence")
+        layers = [
+            self.mapping(x, f"{where}.layers") for x in self.items(evidence.get("layers") or [], f"{where}.layers")
+        ]
+        layers = [layer for layer in layers if "ratio" in layer or "z" in layer]
+        for layer in layers:
+            self.text(layer.get("name"), f"{where}.layers.name")
+            for number in [layer.get("ratio", 0.0), *layer.get("z", []), *layer.get("flagged", [])]:
+                self.number(number, f"{where}.layers")
+        return Purified(
+            reason=self.text(item.get("reason") or item.get("inert") or "", f"{where}.reason"),
+            suspected=[self.text(x, f"{where}.suspected_classes") for x in item.get("suspected_classes") or []],
+            threshold=self.number(evidence.get("threshold", 0.0), f"{where}.threshold"),
+            layers=layers,
+        )
+
     def histogram(self, value: Any, where: str) -> Histogram:
         item = self.mapping(value, where)
         edges = [self.number(edge, f"{where}.edges") for edge in self.items(item.get("edges"), f"{where}.edges")]
@@ -272,7 +315,7 @@ def _read_suspects(path: Path) -> list[dict[str, Any]]:
                 "row_id": int,
                 "score": (int, float),
                 "label": str,
-                "text": str,
+                **({"text": str} if isinstance(row, Mapping) and "text" in row else {}),  # an image has none
             }
             if not isinstance(row, Mapping) or any(not isinstance(row.get(k), kind) for k, kind in wanted.items()):
                 raise ValueError(

@@ -3,10 +3,11 @@
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_backdoor_defense.reporting.figures import Picture, Series, bars, counts, lines
+from hf_backdoor_defense.reporting.purify_figures import distances, unit_scores
 from hf_backdoor_defense.reporting.runs import Run
 from hf_backdoor_defense.reporting.tables import BASELINES, Row, cells, seeds_note, summarize
 
@@ -54,6 +55,8 @@ class Section:
     behind: Table
     behind_notes: list[str]
     behind_scores: list[Picture]
+    purified: list[Picture]
+    purified_notes: list[str]
     cost: Table
     activity: Table
     command: str
@@ -82,7 +85,7 @@ def section(run: Run) -> Section:
         has_gates=bool(run.gates),
         facts=_facts(run),
         results=_table(rows, RESULTS),
-        bars=_bars(rows, _arms(run), floor),
+        bars=_bars(rows, [*_arms(run), *run.purifiers], floor),
         curves=_curves(run, floor),
         terms=terms,
         terms_note=terms_note,
@@ -113,6 +116,8 @@ def section(run: Run) -> Section:
             for h in run.histograms
             if h.name == "filter_scores"
         ],
+        purified=_purified(run),
+        purified_notes=_purified_notes(run),
         cost=_table([row for row in rows if set(COST) & set(row.estimates)], COST),
         activity=_activity(run),
         command=shlex.join(run.command),
@@ -161,6 +166,41 @@ def _behind_notes(run: Run) -> list[str]:
     return notes
 
 
+def _purified(run: Run) -> list[Picture]:
+    """What each method moved or flagged, of the first seed."""
+    seed = min(run.purified, default=0)
+    data = run.plan.get("data")
+    names = data.get("label_names") if isinstance(data, dict) else None
+    pictures = []
+    for method, found in run.purified.get(seed, {}).items():
+        moved = distances([layer for layer in found.layers if "ratio" in layer])
+        pictures += [] if moved is None else [replace(moved, title=f"{method}: {moved.title}")]
+        for layer in (layer for layer in found.layers if "z" in layer):
+            labels = names if isinstance(names, list) and len(names) == len(layer["z"]) else None
+            picture = unit_scores(layer, threshold=found.threshold, labels=labels)
+            pictures.append(replace(picture, title=f"{method}: {picture.title}"))
+    return pictures
+
+
+def _purified_notes(run: Run) -> list[str]:
+    """Per method and seed: what stood out, or why nothing came of it."""
+    notes = []
+    for seed, methods in sorted(run.purified.items()):
+        for name, found in methods.items():
+            flagged = sum(len(layer.get("flagged", [])) for layer in found.layers)
+            moved = [layer["ratio"] for layer in found.layers if "ratio" in layer]
+            said = (
+                f"INERT. {found.reason}" if found.reason
+                else f"suspected target classes: {', '.join(found.suspected)}" if found.suspected
+                else f"{flagged} hidden units stood out" if flagged
+                else "nothing stood out" if any("z" in layer for layer in found.layers)
+                else f"{len(moved)} weight{'s' * (len(moved) > 1)} moved, by up to {max(moved):.2f} of the radius" if moved
+                else ""
+            )  # fmt: skip
+            notes += [f"{name}, seed {seed}: {said}."] if said else []
+    return notes
+
+
 def _passed(run: Run) -> str:
     names = {
         "max_asr_over_floor": "attack success at most {:g} above the floor",
@@ -193,11 +233,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         frozen if isinstance(frozen, int) else -2,
         "" if frozen is None else f", embeddings and first {frozen} layers frozen",
     )
-    length = f", texts cut at {options['max_length']} tokens" if "max_length" in options else ""
+    is_text = "shared_images" not in data
+    length = f", texts cut at {options['max_length']} tokens" if is_text and "max_length" in options else ""
     facts.append(("Model", f"{first.model}{trained}{length}"))
     facts.append(("Attack", _attack(run, options, names)))
     facts.append(("Seeds", ", ".join(map(str, sorted({record.seed for record in run.records})))))
     used = [f"{word} {_short(training[key])}" for key, word in _TRAINING.items() if training.get(key) is not None]
+    used += [f"momentum {_short(options['momentum'])}"] if options.get("momentum") is not None else []
     used += [kind for kind in ("bf16", "fp16") if training.get(kind) is True]
     facts += [("Training", ", ".join(used))] if used else []
     defenses = run.plan.get("defenses")
