@@ -160,10 +160,10 @@ class D3(Objective):
             )
         frozen = [name for name, weight in selected.items() if not weight.requires_grad]
         if frozen:
-            hint = "merge the adapter first, or " if hasattr(model, "peft_config") else ""
+            how = "Merge the adapter first, or unfreeze" if hasattr(model, "peft_config") else "Unfreeze"
             reasons.append(
-                f"{len(frozen)} selected weights are frozen ({frozen[0]}): they cannot move. {hint.capitalize()}"
-                "unfreeze them, requires_grad_(True), or select others by `targets`."
+                f"{len(frozen)} selected weights are frozen ({frozen[0]}): they cannot move. {how} "
+                "them, requires_grad_(True), or select others by `targets`."
             )
         tied = {id(model.get_input_embeddings().weight)} if _has_embeddings(model) else set()  # type: ignore[operator]
         if shared := [name for name, weight in selected.items() if id(weight) in tied]:

@@ -17,7 +17,7 @@ is that a backdoor hides in units that clean inputs leave asleep.
 For a classifier, the inputs of its head:
 
     a_j = mean over clean rows of |input j of the head|      cut the columns of lowest a_j, `step` of them at a time, while
-    (accuracy before − accuracy) / accuracy before <= tolerance, on clean validation rows; then fine-tune, columns held at 0
+    (accuracy before − accuracy) / accuracy before < tolerance, on clean validation rows; then fine-tune, columns held at 0
 
 Published for feature maps behind a ReLU, where |·| changes nothing.
 
@@ -158,7 +158,7 @@ class FinePruning(Objective):
     `row_id`.
 
     Args:
-        step: share of columns cut at a time. tolerance: relative loss of clean validation accuracy that is accepted.
+        step: share of columns cut at a time. tolerance: the relative loss of clean validation accuracy stays below it.
 
     >>> FinePruning(step=0.0)
     Traceback (most recent call last):
@@ -226,20 +226,20 @@ class FinePruning(Objective):
         order = torch.argsort(self._activation)
         whole = layer.weight.detach().clone()
 
-        def accuracy() -> float:
+        def right() -> int:
             predicted = predict_logits(model, validation, trainer.data_collator).argmax(-1).tolist()
-            return sum(p == y for p, y in zip(predicted, labels, strict=True)) / len(labels)
+            return sum(p == y for p, y in zip(predicted, labels, strict=True))
 
-        before, kept = accuracy(), 0
-        self._accuracies = [[0.0, before]]
+        before, kept = right(), 0
+        self._accuracies = [[0.0, before / len(labels)]]
+        counts = {max(1, round(self.step * i * len(order))) for i in range(1, math.ceil(1 / self.step))}
         with torch.no_grad():
-            for count in sorted(
-                {max(1, round(self.step * i * len(order))) for i in range(1, math.ceil(1 / self.step))}
-            ):
+            for count in sorted(counts - {len(order)}):  # something is left to read
                 layer.weight[:, order[:count].to(layer.weight.device)] = 0
-                now = accuracy()
-                self._accuracies.append([count / len(order), now])
-                if before - now > self.tolerance * before:
+                now = right()
+                self._accuracies.append([count / len(order), now / len(labels)])
+                # Of counts, since the quotient of two shares may fall on the wrong side of the tolerance.
+                if not before or (before - now) / before >= self.tolerance:
                     break
                 kept = count
             layer.weight.copy_(whole)
@@ -248,7 +248,7 @@ class FinePruning(Objective):
             layer.weight[:, self._cut.to(layer.weight.device)] = 0
         logger.warning(
             "fine_pruning: %d of %d inputs of %s are cut; clean validation accuracy %.3f -> %.3f.",
-            kept, len(order), self._head, before, next(a for share, a in self._accuracies if share == kept / len(order)),
+            kept, len(order), self._head, before / len(labels), next(a for share, a in self._accuracies if share == kept / len(order)),
         )  # fmt: skip
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from hf_backdoor_defense.adapters import has_adapter
 from hf_backdoor_defense.functional.cross_entropy import valid
+from hf_backdoor_defense.models import unwrapped
 from hf_backdoor_defense.objectives import Objective, Step
 from hf_backdoor_defense.pretrained import float32_reasons
 
@@ -74,8 +75,13 @@ class FTSAM(Objective):
 
     def check(self, trainer: Any) -> list[str]:
         """One batch and one process per update: the perturbation is not additive."""
-        args, model = trainer.args, trainer.model
+        args, model = trainer.args, unwrapped(trainer.model)
         reasons = []
+        if getattr(model, "loss_type", None) not in ("ForSequenceClassification", "ForImageClassification"):
+            reasons.append(
+                f"{type(model).__name__} is no sequence or image classifier: its second pass takes one label per row. Use "
+                "RECIPE."
+            )
         if args.gradient_accumulation_steps > 1 or args.world_size > 1:
             reasons.append(
                 f"{args.gradient_accumulation_steps} accumulation steps and {args.world_size} processes: the perturbation is "

@@ -287,7 +287,7 @@ class ULRL(Objective):
             model.parameters(), self.unlearn_lr, self.unlearn_momentum, weight_decay=self.unlearn_weight_decay
         )
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, self.unlearn_milestones, gamma=0.1)
-        torch.manual_seed(args.seed)  # dropout; the state of before comes back
+        _seed(args.seed, device)
         accuracies: list[float] = []
         bar = tqdm(range(self.unlearn_epochs), desc="unlearning", disable=args.disable_tqdm, leave=False, delay=2)
         self._unlearned = 0
@@ -441,6 +441,14 @@ def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
             parameter.grad = gradients[name]
         for name, module in model.named_modules():
             module.training = modes[name]
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed dropout, where it runs: `torch.manual_seed` would seed every card, and only this one's state comes back."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

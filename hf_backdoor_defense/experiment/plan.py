@@ -31,7 +31,7 @@ _NOT_IDENTITY = {
 }  # fmt: skip
 
 # Options that came later: a folder from before is a run that leaves them out.
-_CAME_LATER = {
+_CAME_LATER: dict[str, Any] = {
     "kind": None, "image_column": "image", "momentum": None, "purify": [], "purify_rows": 300, "purify_epochs": None,
     "purify_learning_rate": None,
 }  # fmt: skip

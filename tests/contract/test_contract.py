@@ -15,6 +15,7 @@ from hf_backdoor_defense.registry import (
     DEFENSES,
     DETECTORS,
     PRETRAINING,
+    PURIFIERS,
     objective_class,
 )
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
@@ -25,7 +26,9 @@ from tests.trainers.toys import PadCollator, arguments, bert, classification_row
 
 # Fields under which a method must act on the toy (defaults where not listed), other than its defaults, and neutralized.
 ACTS = {"matched_decay": {"pull": [0.9]}, "trajectory": {"drop_share": 0.1},
-        "psim": {"stop_margin": None, "train_head": True}}  # fmt: skip
+        "psim": {"stop_margin": None, "train_head": True}, "fine_pruning": {"tolerance": 0.9}}  # fmt: skip
+# What a preset leaves open.
+OPEN = {("d3", "paper"): {"warm_up": "noise"}}
 OTHER = {
     "dece": {"alpha_base": 0.9, "label_smoothing": 0.1, "warmup_epochs": 1, "schedule": "fractional"},
     "trajectory": {"fractions": [0.0, 0.5], "drop_share": 0.2, "class_cap": 0.4, "rerank": False, "min_rise": 1.0},
@@ -43,6 +46,10 @@ OTHER = {
     "por": {"triggers": ["cf", "bb"], "clean_coef": 1.0, "place": "pooler"},
     "neuba": {"triggers": ["mm"], "mlm_coef": 0.01},
     "badpre": {"triggers": ["cf"], "poison_coef": 0.5},
+    "d3": {"lam": 0.5, "eps": 0.3, "hinge": "batch", "rescale": False, "warm_up": "far", "targets": ["classifier"]},
+    "ulrl": {"unlearn_epochs": 2, "unlearn_milestones": [1], "units": "hidden", "head": "classifier", "hidden_share": 0.25},
+    "ft_sam": {"rho": 0.5, "adaptive": False, "label_smoothing": 0.0},
+    "fine_pruning": {"step": 0.25, "tolerance": 0.5},
 }
 NEUTRAL = {
     "dece": {"alpha_base": 1.0},
@@ -57,6 +64,10 @@ NEUTRAL = {
     "recipe": {"coef": 0.0},
     "penalty_only": {"coef": 0.0},
     "badpre": {"poison_coef": 0.0},
+    "d3": {"warm_up": "near", "eps": 100.0},
+    "ulrl": {"unlearn_epochs": 0},
+    "ft_sam": {"rho": 0.0},
+    "fine_pruning": {"tolerance": 0.0},
 }
 NEVER_NEUTRAL = {
     "weight_poisoning",
@@ -64,7 +75,7 @@ NEVER_NEUTRAL = {
     "por",
     "neuba",
 }  # no field turns them off: inert where no weight changes, tests/attacks
-NAMES = [*DEFENSES, *COMPARATORS, *CONTROLS, *PRETRAINING, *DETECTORS, *ATTACKS]
+NAMES = [*DEFENSES, *COMPARATORS, *CONTROLS, *PRETRAINING, *PURIFIERS, *DETECTORS, *ATTACKS]
 BEFORE_FINE_TUNING = {"recipe", "penalty_only", "por", "neuba", "badpre"}  # hosted on a masked language model
 
 
@@ -113,7 +124,8 @@ def test_name_fields_and_json(name):
     kind = objective_class(name)
     assert issubclass(kind, Objective) and kind.name == name and kind.__doc__
     assert all(field.default is not dataclasses.MISSING or field.default_factory for field in dataclasses.fields(kind))
-    for objective in (kind(), kind(**OTHER[name]), *(kind.preset(preset) for preset in kind.presets)):
+    presets = [kind.preset(preset, **OPEN.get((name, preset), {})) for preset in kind.presets]
+    for objective in (kind(), kind(**OTHER[name]), *presets):
         again = kind.from_dict(json.loads(json.dumps(objective.to_dict())))
         assert again == objective and again is not objective
     assert kind() != kind(**OTHER[name])

@@ -28,7 +28,7 @@ from transformers import (
 from hf_backdoor_defense.defenses.d3 import D3, select_weights
 from hf_backdoor_defense.objectives import Objective, Step
 from hf_backdoor_defense.trainers.state import load_objective
-from tests.trainers.image_toys import LABELS, Watched, host, image_list, image_rows, resnet, vit
+from tests.trainers.image_toys import LABELS, Watched, fake, host, image_list, image_rows, resnet, vit
 from tests.trainers.toys import arguments, bert, same, weights
 
 
@@ -466,7 +466,7 @@ def test_of_a_head_that_peft_trains_the_copy_is_taken(tmp_path):
     model = lora()
     name = "base_model.model.classifier.modules_to_save.default.weight"
     assert list(select_weights(model, "head")) == [name]
-    assert D3().check(fake(model)) == []
+    assert d3().check(fake(model)) == []
     frozen = model.base_model.model.classifier.original_module.weight.detach().clone()
     from tests.trainers.toys import PadCollator, classification_rows
 
@@ -477,19 +477,6 @@ def test_of_a_head_that_peft_trains_the_copy_is_taken(tmp_path):
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
-def fake(model, accelerator=None, **changes):
-    """What `check` reads of a Trainer, where the real one cannot be had on a CPU."""
-    args = {
-        "weight_decay": 0.0, "load_best_model_at_end": False, "gradient_accumulation_steps": 1, "world_size": 1, "seed": 0,
-        "optim": "sgd", "max_grad_norm": 0.0, "fp16": False, "bf16": False, **changes,
-    }  # fmt: skip
-    state = SimpleNamespace(**{"deepspeed_plugin": None, "fsdp_plugin": None, **(accelerator or {})})
-    return SimpleNamespace(
-        model=model, args=SimpleNamespace(**args), accelerator=SimpleNamespace(state=state), train_dataset=image_rows(),
-        optimizer_cls_and_kwargs=None, objectives=[], aux_datasets={},
-    )  # fmt: skip
-
-
 def frozen_head():
     model = vit()
     model.classifier.requires_grad_(False)

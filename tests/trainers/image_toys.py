@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -108,3 +109,16 @@ def host(
         aux_datasets=aux,
         defense=defense,
     )
+
+
+def fake(model: Any, accelerator: Any = None, **changes: Any) -> SimpleNamespace:
+    """What `check` reads of a Trainer, where the real one cannot be had on a CPU."""
+    args = {
+        "weight_decay": 0.0, "load_best_model_at_end": False, "gradient_accumulation_steps": 1, "world_size": 1, "seed": 0,
+        "optim": "sgd", "max_grad_norm": 0.0, "fp16": False, "bf16": False, **changes,
+    }  # fmt: skip
+    state = SimpleNamespace(**{"deepspeed_plugin": None, "fsdp_plugin": None, **(accelerator or {})})
+    return SimpleNamespace(
+        model=model, args=SimpleNamespace(**args), accelerator=SimpleNamespace(state=state), train_dataset=image_rows(),
+        optimizer_cls_and_kwargs=None, objectives=[], aux_datasets={},
+    )  # fmt: skip
