@@ -203,8 +203,8 @@ class D3(Objective):
             self._reference = {name: value.to(device) for name, value in self._reference.items()}
             self._radius = self._radius.to(device)
             return
-        self._reference = {name: weight.detach().clone() for name, weight in selected.items()}
-        self._radius = torch.stack([torch.linalg.vector_norm(w) for w in self._reference.values()])
+        self._reference = {name: _snapshot(weight.detach()) for name, weight in selected.items()}
+        self._radius = torch.stack([torch.linalg.vector_norm(w.detach()) for w in selected.values()])
         self._distance = torch.zeros_like(self._radius)
         self._active, self._pulled = (0.0, 0), 0
         with torch.no_grad():
@@ -366,6 +366,12 @@ def _has_embeddings(model: nn.Module) -> bool:
         return isinstance(getattr(model.get_input_embeddings(), "weight", None), nn.Parameter)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return False
+
+
+def _snapshot(weight: Tensor) -> Tensor:
+    """A copy, in bfloat16 where that loses nothing: weights of a bfloat16 checkpoint, which float32 only made longer."""
+    short = weight.to(torch.bfloat16)
+    return short if torch.equal(short.to(weight.dtype), weight) else weight.clone()
 
 
 def _warmed_up(weight: Tensor, how: str, generator: torch.Generator) -> Tensor:

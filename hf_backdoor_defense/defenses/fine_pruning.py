@@ -248,7 +248,8 @@ class FinePruning(Objective):
             layer.weight[:, self._cut.to(layer.weight.device)] = 0
         logger.warning(
             "fine_pruning: %d of %d inputs of %s are cut; clean validation accuracy %.3f -> %.3f.",
-            kept, len(order), self._head, before / len(labels), next(a for share, a in self._accuracies if share == kept / len(order)),
+            kept, len(order), self._head, before / len(labels),
+            next(accuracy for share, accuracy in self._accuracies if share == kept / len(order)),
         )  # fmt: skip
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -17,24 +17,22 @@ publication tried it.
 Source: arXiv 2405.14781; authors' code NayMyatMin/ULRL, commit 094debf (older than the paper's second version).
 """
 
-import contextlib
 import logging
 import math
-import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_backdoor_defense.adapters import has_adapter
+from hf_backdoor_defense.defenses.unlearning import from_first, seed_dropout, untouched
 from hf_backdoor_defense.functional.cross_entropy import cross_entropy
-from hf_backdoor_defense.functional.row_scores import DegenerateScoreError, flag_rows, mad_z_scores, row_change
+from hf_backdoor_defense.functional.row_scores import flag_rows, mad_z_scores, row_change
 from hf_backdoor_defense.models import unwrapped
 from hf_backdoor_defense.objectives import Objective, Step
 from hf_backdoor_defense.pretrained import float32_reasons
@@ -253,14 +251,14 @@ class ULRL(Objective):
         scores, epochs = torch.zeros(layer.out_features), []
         if main:
             try:
-                with _untouched(model, trainer.args.device):
+                with untouched(model, trainer.args.device):
                     before = layer.weight.detach().clone()
                     epochs = self._unlearn(model, trainer)
                     scores = row_change(layer.weight, before).cpu()
             except Exception as error:  # told to the others first, who wait for the scores
                 trouble = error
         if trainer.args.world_size > 1:
-            scores, epochs = _from_first(scores, epochs, trouble is not None, trainer.args.device, self.unlearn_epochs)
+            scores, epochs = from_first(scores, epochs, trouble is not None, trainer.args.device, self.unlearn_epochs)
         if trouble is not None:
             raise trouble
         self._accuracies = epochs
@@ -287,7 +285,7 @@ class ULRL(Objective):
             model.parameters(), self.unlearn_lr, self.unlearn_momentum, weight_decay=self.unlearn_weight_decay
         )
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, self.unlearn_milestones, gamma=0.1)
-        _seed(args.seed, device)
+        seed_dropout(args.seed, device)
         accuracies: list[float] = []
         bar = tqdm(range(self.unlearn_epochs), desc="unlearning", disable=args.disable_tqdm, leave=False, delay=2)
         self._unlearned = 0
@@ -413,72 +411,8 @@ class ULRL(Objective):
         self._layer, self._units = state["layer"], state["units"]
 
 
-@contextlib.contextmanager
-def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Train all of the model on `device` inside; afterwards parameters, buffers, gradients, modes and random states are as they
-    were."""
-    home = next(model.parameters()).device
-    state = {name: value.detach().cpu().clone() for name, value in _tensors(model).items()}
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    modes = {name: module.training for name, module in model.named_modules()}
-    others = random.getstate(), np.random.get_state()
-    model.to(device)  # type: ignore[arg-type]
-    model.train()
-    cuda = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=cuda):
-            for parameter in model.parameters():
-                parameter.grad = None
-            yield
-    finally:
-        random.setstate(others[0])
-        np.random.set_state(others[1])
-        with torch.no_grad():
-            for name, value in _tensors(model).items():
-                value.copy_(state[name])
-        model.to(home)  # type: ignore[arg-type]
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name]
-        for name, module in model.named_modules():
-            module.training = modes[name]
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Seed dropout, where it runs: `torch.manual_seed` would seed every card, and only this one's state comes back."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and all buffers, those that no checkpoint holds too."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 def _embeddings(model: nn.Module) -> Tensor | None:
     try:
         return getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-
-
-def _from_first(
-    scores: Tensor, accuracies: list[float], failed: bool, device: torch.device, epochs: int
-) -> tuple[Tensor, list[float]]:
-    """The first process's scores and accuracies on every process. Raises RuntimeError on the others where it failed."""
-    import torch.distributed as dist
-
-    padded = accuracies + [math.nan] * (epochs - len(accuracies))
-    message = torch.cat([scores.double(), torch.tensor([*padded, float(failed)], dtype=torch.float64)]).to(device)
-    dist.broadcast(message, src=0)
-    found = message.cpu()
-    if found[-1]:
-        if dist.get_rank() == 0:
-            return scores, accuracies
-        raise RuntimeError("ulrl: unlearning failed on the first process, whose message says why.")
-    rest = found[len(scores) : -1]
-    return found[: len(scores)].float(), rest[~rest.isnan()].tolist()
-
-
-__all__ = ["ULRL", "DegenerateScoreError"]

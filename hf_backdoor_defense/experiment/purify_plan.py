@@ -241,7 +241,7 @@ def _check_hosting(
     """Every reason why the method cannot be hosted, together."""
     reasons: list[str] = []
     rows = _collected(reasons, lambda: classifier.rows(clean, max_length=run.max_length))
-    collate = _collected(reasons, classifier.collator)
+    collate: Any = _collected(reasons, classifier.collator)
     with tempfile.TemporaryDirectory() as folder:
         trainer = purifying_trainer(
             classifier, clean if rows is None else rows, None if objective is None else replace(objective), settings=settings,

@@ -152,7 +152,7 @@ def run_training(trainer: DefendedTrainer, folder: str | Path) -> dict[str, Any]
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     trainer.model.eval()
-    (objective,) = trainer.objectives or [None]
+    objective = trainer.objectives[0] if trainer.objectives else None
     return {
         "steps": trainer.state.global_step,
         "seconds": None if checkpoint else seconds,

@@ -48,9 +48,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(hfbd):
     code, out, err = hfbd("--dry_run", "true", "--epochs", 3, "--batch_size", 8)
     assert code == 0, err
     for words in (
-        "BertForSequenceClassification", "3 classes", "1 weight driven away: classifier.weight", "30 texts, cut at 8 tokens",
+        "BertForSequenceClassification", "3 classes", "14 weights driven away: bert.encoder.layer.0.attention.self.query.weight", "30 texts, cut at 8 tokens",
         "10 rows that are never trained on, held out", "none simulated: whether a backdoor is gone will not be measured",
-        "3 epochs, 12 updates of 8 rows; SGD, momentum 0.9, rate 0.001, cosine to 0", "plain fine-tuning, same settings",
+        "3 epochs, 12 updates of 8 rows; SGD, momentum 0.9, rate 0.005, cosine to 0", "plain fine-tuning, same settings",
         "fewer than 20 clean rows of",
     ):  # fmt: skip
         assert words in out, out
@@ -88,7 +88,7 @@ def rows(*lines):
 
 
 def colored(home):
-    np.savez(home / "a.npz", image=np.zeros((30, 8, 8, 3), np.uint8), label=np.arange(30) % 10)
+    np.savez(home / "a.npz", image=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8), label=np.arange(40) % 10)
 
 
 def large(home):

@@ -47,7 +47,13 @@ OTHER = {
     "neuba": {"triggers": ["mm"], "mlm_coef": 0.01},
     "badpre": {"triggers": ["cf"], "poison_coef": 0.5},
     "d3": {"lam": 0.5, "eps": 0.3, "hinge": "batch", "rescale": False, "warm_up": "far", "targets": ["classifier"]},
-    "ulrl": {"unlearn_epochs": 2, "unlearn_milestones": [1], "units": "hidden", "head": "classifier", "hidden_share": 0.25},
+    "ulrl": {
+        "unlearn_epochs": 2,
+        "unlearn_milestones": [1],
+        "units": "hidden",
+        "head": "classifier",
+        "hidden_share": 0.25,
+    },
     "ft_sam": {"rho": 0.5, "adaptive": False, "label_smoothing": 0.0},
     "fine_pruning": {"step": 0.25, "tolerance": 0.5},
 }
