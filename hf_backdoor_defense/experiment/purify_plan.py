@@ -241,11 +241,12 @@ def _check_hosting(
     """Every reason why the method cannot be hosted, together."""
     reasons: list[str] = []
     rows = _collected(reasons, lambda: classifier.rows(clean, max_length=run.max_length))
-    collate: Any = _collected(reasons, classifier.collator)
+    collate = _collected(reasons, classifier.collator)
+    stand_in: Any = collate or list
     with tempfile.TemporaryDirectory() as folder:
         trainer = purifying_trainer(
             classifier, clean if rows is None else rows, None if objective is None else replace(objective), settings=settings,
-            seed=run.seed, folder=folder, collate=collate or list,
+            seed=run.seed, folder=folder, collate=stand_in,
         )  # fmt: skip
         reasons += trainer.reasons()
     if collate is not None and rows is not None:

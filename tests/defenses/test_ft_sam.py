@@ -1,4 +1,7 @@
-"""FT-SAM: the perturbation by numpy, the weights restored bit for bit, and radius 0 as plain fine-tuning."""
+"""FT-SAM: the perturbation by numpy, updates by a loop of its own, weights restored bit for bit, radius 0 as fine-tuning."""
+
+import math
+import re
 
 import numpy as np
 import pytest
@@ -6,8 +9,8 @@ import torch
 
 from hf_backdoor_defense.defenses.ft_sam import FTSAM, perturbation
 from hf_backdoor_defense.defenses.robust_losses import Smoothed
-from tests.trainers.image_toys import host, resnet, vit
-from tests.trainers.toys import same, weights
+from tests.trainers.image_toys import Watched, fake, host, image_list, resnet, vit
+from tests.trainers.toys import bert, bert_mlm, bert_tokens, gpt2, same, weights
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
@@ -41,7 +44,69 @@ def test_weights_come_back_bit_for_bit_and_statistics_move_once(tmp_path):
     assert same(ends[0], weights(plain)) and same(ends[1], weights(plain))
 
 
-def test_what_is_not_additive_is_refused(tmp_path):
-    refused = host(tmp_path, FTSAM(), model=vit(), gradient_accumulation_steps=2).reasons()
-    assert any("one batch per update" in reason for reason in refused)
-    assert host(tmp_path, FTSAM(), model=vit()).reasons() == []
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_two_updates_equal_a_loop_of_its_own(tmp_path, adaptive, precision):
+    rows, bf16 = Watched(image_list(16)), precision == "bf16"
+    objective = FTSAM(rho=0.5, adaptive=adaptive, label_smoothing=0.1)
+    trainer = host(tmp_path, objective, rows=rows, lr=0.05, momentum=0.0, max_steps=2, bf16=bf16)
+    trainer.train()
+    model = vit().train()
+
+    def gradients(inputs):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(pixel_values=inputs["pixel_values"]).logits.float()
+        chances = logits.log_softmax(-1)
+        wanted = 0.9 * torch.nn.functional.one_hot(inputs["labels"], 5) + 0.1 / 5
+        return torch.autograd.grad(-(wanted * chances).sum(-1).mean(), list(model.parameters()))
+
+    for inputs in rows.batches(8)[:2]:
+        old = [p.detach().clone() for p in model.parameters()]
+        first = gradients(inputs)
+        norm = sum(((w.abs() * g if adaptive else g) ** 2).sum() for w, g in zip(old, first, strict=True)).sqrt()
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), first, strict=True):
+                p.add_(0.5 * (p.square() * g if adaptive else g) / norm)
+        second = gradients(inputs)
+        with torch.no_grad():
+            for p, w, g in zip(model.parameters(), old, second, strict=True):
+                p.copy_(w - 0.05 * g)
+    assert all(value.dtype == torch.float32 for value in weights(trainer).values())
+    assert same(weights(trainer), weights(model), atol=1e-6) and not same(weights(model), weights(vit()), atol=1e-3)
+    assert objective.activity()["ft_sam_updates"] == 2 and objective.inert() is None
+
+
+@pytest.mark.parametrize(
+    "make, changes, message",
+    [(vit, {"gradient_accumulation_steps": 2}, "2 accumulation steps and 1 processes.*one batch per update on one process"),
+     (vit, {"world_size": 2}, "1 accumulation steps and 2 processes"), (vit, {"fp16": True}, "bf16=True, or float32"),
+     (gpt2, {}, "GPT2LMHeadModel is no sequence or image classifier"), (bert_mlm, {}, "is no sequence or image classifier"),
+     (bert_tokens, {}, "is no sequence or image classifier"), (lambda: vit().bfloat16(), {}, "bfloat16")],
+)  # fmt: skip
+def test_what_it_cannot_perturb_is_refused(make, changes, message):
+    (reason,) = FTSAM().check(fake(make(), **changes))
+    assert re.search(message, reason), reason
+
+
+def test_deepspeed_and_adapters_are_refused():
+    from peft import LoraConfig, get_peft_model
+
+    (reason,) = FTSAM().check(fake(vit(), {"deepspeed_plugin": object()}))
+    assert "DeepSpeed" in reason
+    adapted = get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
+    (reason,) = FTSAM().check(fake(adapted))
+    assert "merge it first" in reason
+
+
+@pytest.mark.parametrize("make, changes", [(vit, {}), (bert, {}), (resnet, {}), (vit, {"bf16": True})])
+def test_its_neighbor_is_not(make, changes, caplog):
+    assert FTSAM().check(fake(make(), **changes)) == [] and not caplog.text
+    assert FTSAM().check(fake(make(), max_grad_norm=1.0)) == [] and "max_grad_norm=1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rho": -1.0}, {"rho": math.nan}, {"label_smoothing": 1.0}, {"label_smoothing": -0.1}]
+)
+def test_fields_that_are_refused(fields):
+    with pytest.raises(ValueError, match=f"`{next(iter(fields))}`"):
+        FTSAM(**fields)

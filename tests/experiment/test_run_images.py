@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Image
-from transformers import CLIPConfig, TrainingArguments, ViTConfig
+from transformers import CLIPConfig, PerceiverConfig, TrainingArguments, ViTConfig
 
 from hf_backdoor_defense.attacks.image_triggers import Patch
 from hf_backdoor_defense.attacks.poisoning import trigger_dataset
@@ -123,6 +123,9 @@ def test_the_model_says_what_it_is(encoder, classifier, tmp_path):
     assert find_kind(str(tmp_path / "vit")) is IMAGE and find_kind("anything", chosen="image") is IMAGE
     CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path / "clip")
     assert find_kind(str(tmp_path / "clip")) is IMAGE
+    PerceiverConfig().save_pretrained(tmp_path / "both")
+    with pytest.raises(ValueError, match="perceiver model, which can classify texts and images: .*--kind image"):
+        find_kind(str(tmp_path / "both"))
 
 
 def test_color_images_of_another_size_get_a_vit_of_their_size(tmp_path, capsys):

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.defenses.trajectory import TrajectoryFilter
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
-from hf_backdoor_defense.trainers.state import load_objective, load_states, save_objectives
+from hf_backdoor_defense.trainers.state import load_objective, load_renamed, load_states, save_objectives
+from tests.trainers.image_toys import vit
 from tests.trainers.toys import PadCollator, Recorder, arguments, bert, classification_rows, same, weights
 
 
@@ -123,3 +125,23 @@ def test_resume_calls_load_before_prepare_with_the_path(tmp_path):
     recorder.prepare = lambda trainer, *, checkpoint: order.append(("prepare", checkpoint))
     make(tmp_path, recorder, save_strategy="no").train(resume_from_checkpoint=checkpoint)
     assert order == [("load", 3), ("prepare", checkpoint)]
+
+
+def test_weights_saved_under_other_names_come_back(tmp_path):
+    """A ViT is saved with the names of published checkpoints, a BERT with its own: that one is the Trainer's to load."""
+    saved = vit()
+    saved.save_pretrained(tmp_path / "vit")
+    assert not set(load_file(tmp_path / "vit" / "model.safetensors")) <= set(saved.state_dict())
+    fresh = vit(seed=5).eval()
+    identities = [id(p) for p in fresh.parameters()]
+    load_renamed(fresh, tmp_path / "vit")
+    assert same(weights(fresh), weights(saved)) and not same(weights(fresh), weights(vit(seed=5)))
+    assert [id(p) for p in fresh.parameters()] == identities and not fresh.training  # an optimizer may hold them
+    bert(seed=0).save_pretrained(tmp_path / "bert")
+    other = bert(seed=1)
+    load_renamed(other, tmp_path / "bert")
+    assert same(weights(other), weights(bert(seed=1)))
+    layer = torch.nn.Linear(2, 2)
+    before = weights(layer)
+    load_renamed(layer, tmp_path / "vit")
+    assert same(weights(layer), before)
