@@ -129,7 +129,7 @@ def fresh(problem: Problem, names: list[str], seed: int, image: Any) -> Classifi
 def trained(
     problem: Problem, train: Dataset, seed: int, folder: Path, *, mark: dict[str, Any] | None = None, longer: int = 1
 ) -> Path:
-    """A model trained on `train`, saved once. Images: SGD 0.05 with momentum and decay; texts: AdamW, 3 epochs of 5e-5.
+    """A model trained on `train`, saved once. Images: SGD 0.05 with momentum; texts: AdamW, 3 epochs of 5e-5.
 
     `longer`: so many times the epochs, for few rows.
     """
@@ -149,7 +149,7 @@ def trained(
             logging_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
             train_sampling_strategy="group_by_length" if text else "random",
         )  # fmt: skip
-        sgd = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4})
+        sgd = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})
         trainer = DefendedTrainer(
             classifier.model, args=args, train_dataset=rows, data_collator=classifier.collator(),
             **({} if text else {"optimizer_cls_and_kwargs": sgd}),

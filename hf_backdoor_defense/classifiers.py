@@ -168,7 +168,13 @@ def classifier_of(model: Any, processor: Any = None) -> Classifier:
     if core is not model:
         kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
         _refuse_other_adapters(type(core).__name__, kinds)
-        copied, notes = _unwrap(copied), ("the LoRA adapter was merged into its base",)
+        notes = ("the LoRA adapter was merged into its base",)
+        if coarse := sorted({str(p.dtype).removeprefix("torch.") for p in copied.parameters() if p.dtype.itemsize < 4}):
+            notes = (
+                *notes,
+                f"the weights were {' and '.join(coarse)} and are float32 now: small steps are rounded away in them",
+            )
+        copied = _unwrap(copied.float())  # merged in float32, as from a folder
     place = str(getattr(config, "_name_or_path", "") or "")
     return _in_float32(
         Classifier(

@@ -166,7 +166,7 @@ def feeding_layer(model: nn.Module, head: str | None = None) -> tuple[str, nn.Li
     within = [pair for pair in layers if found and pair[0].startswith(f"{found[0]}.") and pair[1] is not output[1]]
     if within:
         return within[-1]
-    for end in ("pooler.dense", "pre_classifier"):
+    for end in ("pooler.dense", ".pooler", "pre_classifier"):
         if near := [pair for pair in layers if pair[0].endswith(end)]:
             return near[-1]
     width = getattr(getattr(model, "config", None), "intermediate_size", None)

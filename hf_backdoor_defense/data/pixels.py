@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
 _LOSSLESS = {"L": "L", "RGB": "RGB", "1": "L", "P": "RGB"}
 
@@ -33,6 +34,7 @@ def pixels(image: Any, where: str = "the image") -> np.ndarray:
                 f"{where} must be an image that can be read, got {type(error).__name__}: {str(error)[:200]}. Every row "
                 "takes part in training or in a figure. Repair the file or drop the row."
             ) from error
+    image = PIL.ImageOps.exif_transpose(image)
     mode = _LOSSLESS.get(image.mode)
     if mode is None or (image.mode == "P" and "transparency" in image.info):
         raise ValueError(

@@ -64,7 +64,7 @@ def load_samples(
     require_column(found, source, label_column, option="label_column")
     if not len(found):
         raise ValueError(f"{source} must hold rows, got none: there is nothing to learn from. Add rows.")
-    ids = _class_ids(found, label_column, labels, source)
+    ids = class_ids(found, label_column, labels, source)
     row_ids = list(range(len(found)))
     features = Features(label=ClassLabel(names=labels), row_id=Value("int64"))
     rows = found.select_columns([column]).rename_columns({} if column == kind else {column: kind})
@@ -179,15 +179,17 @@ def _split(found: Mapping[str, Dataset], split: str, source: str) -> Dataset:
     return found[split]
 
 
-def _class_ids(rows: Dataset, column: str, labels: list[str], where: str) -> list[int]:
+def class_ids(rows: Dataset, column: str, labels: list[str], where: str) -> list[int]:
     """Ids of the model's classes. Raises ValueError for a label that is none."""
     values: list[Any] = rows.with_format(None)[column][:]
     what = f"labels (column {column!r} of {where})"
     refuse(what, values, lambda v: v is None or v != v, "be there in every row", "Label these rows or drop them")
     feature = rows.features[column]
-    if isinstance(feature, ClassLabel) and not _are_numbers(feature.names) and not _are_numbers(labels):
-        values = [feature.names[v] if v >= 0 else v for v in values]
     lookup = class_lookup(labels)
+    # Names count, unless they are positions, or the model knows its classes by number alone and none of these names.
+    if isinstance(feature, ClassLabel) and not _are_numbers(feature.names):
+        if not _are_numbers(labels) or all(lookup(name) is not None for name in feature.names):
+            values = [feature.names[v] if v >= 0 else v for v in values]
     found = [lookup(value) for value in values]
     if unknown := list(dict.fromkeys(str(v) for v, i in zip(values, found, strict=True) if i is None)):
         count = sum(i is None for i in found)

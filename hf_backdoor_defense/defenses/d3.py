@@ -38,6 +38,7 @@ from hf_backdoor_defense.targets import LINEAR, classification_head
 
 logger = logging.getLogger(__name__)
 
+_MOST = 0.6  # share of all weights beyond which a random start leaves no model
 _STILL = 1e-3  # largest d/r below which nothing has moved
 
 
@@ -78,7 +79,9 @@ class D3(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._names: list[str] = []
         self._reference: dict[str, Tensor] = {}
+        self._ended = False  # then W0 is saved no more: poisoned weights are not handed on with the purified ones
         self._radius = torch.zeros(0)
         self._distance = torch.zeros(0)  # as of the last update
         self._active: tuple[Tensor | float, int] = (0.0, 0)
@@ -115,10 +118,14 @@ class D3(Objective):
         except ValueError as error:
             selected, reasons = {}, [str(error)]
         reasons += self._weight_reasons(model, selected)
-        if args.weight_decay:
+        own = (
+            []
+            if trainer.optimizer is None
+            else [group.get("weight_decay", 0.0) for group in trainer.optimizer.param_groups]
+        )
+        if decay := max([args.weight_decay, *own]):
             reasons.append(
-                f"weight_decay is {args.weight_decay:g}: the projection holds the norms fixed, decay fights it. Set "
-                "weight_decay=0."
+                f"weight_decay is {decay:g}: the projection holds the norms fixed, decay fights it. Set weight_decay=0."
             )
         if args.load_best_model_at_end:
             reasons.append(
@@ -134,9 +141,14 @@ class D3(Objective):
             reasons.append(
                 "fsdp_cpu_ram_efficient_loading leaves ranks without weights, and every rank needs the start. Set it to False."
             )
-        if self.warm_up == "random" and self.targets == "all-linear":
+        moved, total = (
+            sum(w.numel() for w in selected.values()),
+            sum(p.numel() for p in model.parameters() if p.ndim > 1),
+        )
+        if self.warm_up == "random" and self.targets != "head" and moved > _MOST * total:
             reasons.append(
-                "warm_up='random' with targets='all-linear' throws the whole model away. Use warm_up='noise', or targets='head'."
+                f"warm_up='random' with targets={self.targets!r} throws the model away ({moved:,} of {total:,} weights). Use "
+                "warm_up='noise', or targets='head'."
             )
         if self.hinge == "batch" and (args.gradient_accumulation_steps > 1 or args.world_size > 1):
             reasons.append(
@@ -196,6 +208,7 @@ class D3(Objective):
         """Select; on a fresh start keep W0 and its norms, and warm up."""
         model = unwrapped(trainer.model)
         selected = select_weights(model, self.targets)
+        self._ended = False
         # At the level that is shown without being asked for: what is moved decides what is cleaned.
         logger.warning("d3: %d weights are moved: %s", len(selected), _shown(selected))
         if checkpoint is not None:
@@ -203,6 +216,7 @@ class D3(Objective):
             self._reference = {name: value.to(device) for name, value in self._reference.items()}
             self._radius = self._radius.to(device)
             return
+        self._names = list(selected)
         self._reference = {name: _snapshot(weight.detach()) for name, weight in selected.items()}
         self._radius = torch.stack([torch.linalg.vector_norm(w.detach()) for w in selected.values()])
         self._distance = torch.zeros_like(self._radius)
@@ -227,7 +241,7 @@ class D3(Objective):
 
     def _selected(self, model: nn.Module) -> dict[str, Tensor]:
         inside = dict(unwrapped(model).named_parameters())
-        return {name: inside[name] for name in self._reference}
+        return {name: inside[name] for name in self._names}
 
     def loss(self, step: Step) -> Tensor:
         """c_h · relu(CE − eps), gated by the batch's mean or row by row."""
@@ -262,6 +276,7 @@ class D3(Objective):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """How far the weights came."""
         self._distance = distances([w.detach() for w in self._selected(model).values()], list(self._reference.values()))
+        self._ended = True
         if self.inert():
             logger.warning("d3: %s.", self.inert())
 
@@ -281,7 +296,7 @@ class D3(Objective):
 
     def evidence(self) -> dict[str, Any]:
         """Distances layer by layer."""
-        rows = zip(self._reference, self._radius.tolist(), self._distance.tolist(), self._ratios(), strict=True)
+        rows = zip(self._names, self._radius.tolist(), self._distance.tolist(), self._ratios(), strict=True)
         return {"layers": [{"name": n, "radius": r, "distance": d, "ratio": q} for n, r, d, q in rows]}
 
     def inert(self) -> str | None:
@@ -295,20 +310,21 @@ class D3(Objective):
     def state_dict(self) -> dict[str, Any]:
         whole = {name: w.full_tensor() if hasattr(w, "full_tensor") else w for name, w in self._reference.items()}
         return {
-            **{f"W0.{name}": w for name, w in whole.items()},
-            "names": list(whole), "radius": self._radius.tolist(), "distance": self._distance.tolist(),
+            **({} if self._ended else {f"W0.{name}": w for name, w in whole.items()}),
+            "names": self._names, "radius": self._radius.tolist(), "distance": self._distance.tolist(),
             "active": [float(self._active[0]), self._active[1]], "pulled": self._pulled,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._reference = {name: state[f"W0.{name}"] for name in state["names"]}
+        self._names = list(state["names"])
+        self._reference = {name: state[f"W0.{name}"] for name in self._names if f"W0.{name}" in state}
         self._radius, self._distance = torch.tensor(state["radius"]), torch.tensor(state["distance"])
         self._active, self._pulled = (float(state["active"][0]), int(state["active"][1])), int(state["pulled"])
 
 
 def select_weights(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Parameter]:
     """The weights that D3 moves, by name, in the model's order: of Linear, Conv2d and GPT-2's Conv1D, never a bias, an embedding
-    of words or patches, a norm, or an output that is tied to the embeddings.
+    of words or a norm; with "all-linear" neither the embedding of patches nor an output that is tied to the embeddings.
 
     Args:
         targets: "head" (the first of `classifier`, `score`, `classification_head`), "all-linear", or one or several names of
@@ -346,7 +362,7 @@ def select_weights(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
                 or fnmatch.fnmatchcase(name, f"{p}.*")
                 for p in patterns
             )
-        if chosen:
+        if chosen and all(weight is not other for other in found.values()):  # shared by two modules: it moves once
             found[f"{name}.weight"] = weight
     if not found:
         raise ValueError(

@@ -155,7 +155,7 @@ class FinePruning(Objective):
     """Cut the inputs of a classifier's head that clean rows hardly use, then fine-tune: a control. Prefer `ULRL` or `D3`.
 
     The threshold comes from `aux_datasets={"validation": clean rows}`; without it, from a fifth of the clean set, by a hash of
-    `row_id`.
+    `row_id`, which is trained on afterwards as well.
 
     Args:
         step: share of columns cut at a time. tolerance: the relative loss of clean validation accuracy stays below it.
@@ -199,6 +199,10 @@ class FinePruning(Objective):
             )
         if has_adapter(model):
             reasons.append(f"{type(model).__name__} carries an adapter: merge it first, model.merge_and_unload().")
+        if getattr(trainer, "is_fsdp_enabled", False):
+            reasons.append(
+                "FSDP cuts the head into pieces, and columns are cut from the whole. Use DDP, or one process."
+            )
         output = output_layer(model)
         if output is None:
             reasons.append(f"no Linear head was found in {type(model).__name__}. Use plain fine-tuning.")

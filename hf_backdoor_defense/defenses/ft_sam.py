@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hf_backdoor_defense.adapters import has_adapter
 from hf_backdoor_defense.functional.cross_entropy import valid
 from hf_backdoor_defense.models import unwrapped
-from hf_backdoor_defense.objectives import Objective, Step
+from hf_backdoor_defense.objectives import Objective, Step, overrides
 from hf_backdoor_defense.pretrained import float32_reasons
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,12 @@ class FTSAM(Objective):
             )
         if getattr(getattr(trainer.accelerator, "state", None), "deepspeed_plugin", None) is not None:
             reasons.append("DeepSpeed steps inside backward, before the second pass. Use one plain process.")
+        others = [o.name for o in trainer.objectives if o is not self and _adds_gradients(o)]
+        if others:
+            reasons.append(
+                f"{', '.join(others)} adds to the gradients, and FT-SAM replaces them all by those at the worst point. Host it "
+                "alone."
+            )
         if args.fp16:
             reasons.append("fp16 scales the loss, and the second gradient would not be. Use bf16=True, or float32.")
         if has_adapter(model):
@@ -168,6 +174,10 @@ def perturbation(weights: list[Tensor], gradients: list[Tensor], rho: float, ada
     scaled = [w.abs() * g if adaptive else g for w, g in zip(weights, gradients, strict=True)]
     norm = torch.stack([torch.linalg.vector_norm(s) for s in scaled]).norm() + 1e-12
     return [(w.abs() * s if adaptive else s) * (rho / norm) for w, s in zip(weights, scaled, strict=True)]
+
+
+def _adds_gradients(objective: Objective) -> bool:
+    return overrides(objective, "penalties") or overrides(objective, "on_pre_optimizer_step")
 
 
 @contextlib.contextmanager

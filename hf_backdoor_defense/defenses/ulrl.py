@@ -258,7 +258,10 @@ class ULRL(Objective):
             except Exception as error:  # told to the others first, who wait for the scores
                 trouble = error
         if trainer.args.world_size > 1:
-            scores, epochs = from_first(scores, epochs, trouble is not None, trainer.args.device, self.unlearn_epochs)
+            figures = [self._stop, float(self._unlearned), *epochs]
+            room = self.unlearn_epochs + 2
+            scores, figures = from_first(scores, figures, trouble is not None, trainer.args.device, room)
+            self._stop, self._unlearned, epochs = figures[0], int(figures[1]), figures[2:]
         if trouble is not None:
             raise trouble
         self._accuracies = epochs

@@ -54,18 +54,22 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def from_first(
-    scores: Tensor, accuracies: list[float], failed: bool, device: torch.device, epochs: int
+    scores: Tensor, figures: list[float], failed: bool, device: torch.device, room: int
 ) -> tuple[Tensor, list[float]]:
-    """The first process's scores and accuracies on every process. Raises RuntimeError on the others where it failed."""
+    """The first process's scores and figures (at most `room`) on every process. Raises RuntimeError on the others if it failed.
+
+    Args:
+        scores: [K]. figures: numbers, none of them NaN.
+    """
     import torch.distributed as dist
 
-    padded = accuracies + [math.nan] * (epochs - len(accuracies))
+    padded = figures + [math.nan] * (room - len(figures))
     message = torch.cat([scores.double(), torch.tensor([*padded, float(failed)], dtype=torch.float64)]).to(device)
     dist.broadcast(message, src=0)
     found = message.cpu()
     if found[-1]:
         if dist.get_rank() == 0:
-            return scores, accuracies
+            return scores, figures
         raise RuntimeError("ulrl: unlearning failed on the first process, whose message says why.")
     rest = found[len(scores) : -1]
     return found[: len(scores)].float(), rest[~rest.isnan()].tolist()

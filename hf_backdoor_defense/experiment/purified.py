@@ -121,7 +121,11 @@ def purify_failures(purified: Purified) -> list[str]:
         for seed, methods in purified.items()
         for name, result in methods.items()
     }
-    return [f"INERT: {name}, seed {seed}: {reason}" for (name, seed), reason in reasons.items() if reason]
+    return [
+        f"{'INERT' if purified[seed][name]['usable'] else 'FAILED'}: {name}, seed {seed}: {reason}"
+        for (name, seed), reason in reasons.items()
+        if reason
+    ]
 
 
 def purify_verdict(purified: Purified, *, attacked: float, floor: float) -> str:

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from hf_backdoor_defense.classifiers import Classifier, classifier_of, load_trained
-from hf_backdoor_defense.data.samples import check_enough
+from hf_backdoor_defense.data.samples import check_enough, class_ids
 from hf_backdoor_defense.evaluation.evaluator import evaluate_backdoor, true_labels
 from hf_backdoor_defense.experiment.plan import PLAN_NAME, check_folder
 from hf_backdoor_defense.experiment.purify_training import (
@@ -110,15 +110,15 @@ def purify(
     """
     objective = build_purifier(defense) if isinstance(defense, str) else defense
     objective = None if objective is None else dataclasses.replace(objective)
-    classifier = load_trained(model) if isinstance(model, str) else classifier_of(model, processor)
+    classifier = load_trained(str(model)) if isinstance(model, str | Path) else classifier_of(model, processor)
     if processor is not None:
         classifier.processor = processor
     settings = purify_settings(classifier.kind, learning_rate=learning_rate, epochs=epochs, batch_size=batch_size)
     collate = classifier.collator() if collate is None else collate
-    rows = with_row_ids(classifier.rows(clean_dataset, max_length=max_length))
+    rows = with_row_ids(classifier.rows(_named(clean_dataset, classifier), max_length=max_length))
     counts = _label_counts(rows, classifier)
     notes = [*classifier.notes, *check_enough(counts)]
-    kept = None if validation is None else classifier.rows(validation, max_length=max_length)
+    kept = None if validation is None else classifier.rows(_named(validation, classifier), max_length=max_length)
     before_sha = weights_sha256(classifier.model)
     identity = {
         "method": objective.to_dict() if objective else {"name": method_name(None)}, "settings": asdict(settings), "seed": seed,
@@ -187,6 +187,16 @@ def save_purified(
 
 def _accuracy(classifier: Classifier, rows: Dataset, collate: Any, progress: bool) -> dict[str, Any]:
     return asdict(evaluate_backdoor(classifier.model, rows, collate=collate, progress=progress).ca)  # type: ignore[arg-type]
+
+
+def _named(rows: Dataset, classifier: Classifier) -> Dataset:
+    """Rows whose named classes are the model's of the same names, whatever their order."""
+    column = next((name for name in ("label", "labels") if name in rows.column_names), None)
+    feature = None if column is None else rows.features[column]
+    if column is None or not isinstance(feature, ClassLabel) or feature.names == classifier.labels:
+        return rows
+    ids = class_ids(rows, column, classifier.labels, "the clean rows")
+    return rows.remove_columns(column).add_column(column, ids)
 
 
 def _label_counts(rows: Dataset, classifier: Classifier) -> dict[str, int]:

@@ -547,6 +547,14 @@ def test_a_training_that_holds_it_back_is_refused(accelerator, changes, fields, 
     assert d3(**fields).check(fake(vit())) == []
 
 
+@pytest.mark.parametrize("decay, refused", [(0.01, True), (0.0, False)])
+def test_the_decay_of_a_given_optimizer_counts(decay, refused):
+    trainer = fake(vit())
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1, weight_decay=decay)
+    assert [reason for reason in d3().check(trainer) if "weight_decay is 0.01" in reason] == d3().check(trainer)
+    assert bool(d3().check(trainer)) == refused
+
+
 def test_additive_hinges_take_accumulation_and_processes():
     assert d3().check(fake(vit(), gradient_accumulation_steps=4, world_size=2)) == []
     plugin = {"fsdp_plugin": SimpleNamespace(cpu_ram_efficient_loading=False)}
@@ -636,6 +644,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, fields):
     assert half.activity() == pytest.approx(whole.activity()) and half.activity()["d3_updates"] == 6
     end = load_objective(D3, tmp_path / "b" / "checkpoint-6").state_dict()
     assert all(torch.equal(end[f"W0.{name}"], start[name]) for name in names)
+
+
+def test_the_old_weights_are_in_checkpoints_and_not_beside_the_result(tmp_path):
+    trainer = host(tmp_path, d3(), max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    kept = [
+        set(load_file(tmp_path / where / "defense.safetensors")) for where in ("checkpoint-1", "checkpoint-2", "final")
+    ]
+    assert kept == [{"d3.W0.classifier.weight"}, {"d3.W0.classifier.weight"}, set()]
+    again = load_objective(D3, tmp_path / "final")
+    assert again.evidence() == trainer.objectives[0].evidence() and len(again.evidence()["layers"]) == 1
 
 
 def test_the_last_step_is_the_result(tmp_path):

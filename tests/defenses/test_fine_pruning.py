@@ -315,6 +315,13 @@ def test_what_has_no_head_to_prune_is_refused(make, message):
     assert sum(message in reason for reason in FinePruning().check(fake(make()))) == 1
 
 
+def test_a_head_in_pieces_is_refused():
+    trainer = fake(vit())
+    trainer.is_fsdp_enabled = True
+    (reason,) = FinePruning().check(trainer)
+    assert "FSDP cuts the head" in reason
+
+
 @pytest.mark.parametrize("make", [vit, bert, resnet])
 def test_its_neighbor_is_not(make):
     assert FinePruning().check(fake(make())) == []

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from hf_backdoor_defense.defenses.d3 import D3
 from hf_backdoor_defense.defenses.ft_sam import FTSAM, perturbation
 from hf_backdoor_defense.defenses.robust_losses import Smoothed
 from tests.trainers.image_toys import Watched, fake, host, image_list, resnet, vit
-from tests.trainers.toys import bert, bert_mlm, bert_tokens, gpt2, same, weights
+from tests.trainers.toys import Recorder, WeightPull, bert, bert_mlm, bert_tokens, gpt2, same, weights
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
@@ -86,6 +87,14 @@ def test_two_updates_equal_a_loop_of_its_own(tmp_path, adaptive, precision):
 def test_what_it_cannot_perturb_is_refused(make, changes, message):
     (reason,) = FTSAM().check(fake(make(), **changes))
     assert re.search(message, reason), reason
+
+
+@pytest.mark.parametrize("other, refused", [(WeightPull, True), (D3, True), (Recorder, False)])
+def test_what_adds_to_the_gradients_is_refused_beside_it(other, refused):
+    trainer, objective = fake(vit()), FTSAM()
+    trainer.objectives = [objective, other()]
+    reasons = objective.check(trainer)
+    assert len(reasons) == refused and all(reason.startswith(f"{other.name} adds") for reason in reasons)
 
 
 def test_deepspeed_and_adapters_are_refused():

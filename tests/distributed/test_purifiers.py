@@ -126,6 +126,7 @@ def two_updates_of_d3() -> None:
         if split:
             shard(model)
         objective.on_train_begin(None, None, None, model=model)
+        assert all(hasattr(p, "full_tensor") == split for p in model.parameters())
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
         for _ in range(2):
             optimizer.zero_grad()
@@ -145,10 +146,10 @@ def two_updates_of_d3() -> None:
             pulled = {name: whole(value).clone() for name, value in gradients(model).items()}
             optimizer.step()
             objective.on_optimizer_step(None, None, None, model=model)
-        objective.on_train_end(None, None, None, model=model)
         state = objective.state_dict()
         start = {name: value for name, value in state.items() if name.startswith("W0.")}
-        ratios = {key: torch.tensor(state[key]) for key in ("radius", "distance")}
+        objective.on_train_end(None, None, None, model=model)
+        ratios = {key: torch.tensor(objective.state_dict()[key]) for key in ("radius", "distance")}
         found.append((pulled, parameters(model), start, ratios))
     for one, two, what in zip(*found, ("gradient", "weight", "W0", "figure"), strict=True):
         alike(one, two, what)
@@ -172,7 +173,10 @@ def cosine_of_ulrl(where: str, units: str) -> None:
         })  # fmt: skip
         if split:
             shard(model)
+            assert all(hasattr(p, "full_tensor") for p in model.parameters())
         loss = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
+        if split and units == "hidden":  # what the outermost module owns is whole between its forward and backward
+            assert hasattr(dict(model.named_parameters())[f"{layer}.weight"], "full_tensor")
         step = SimpleNamespace(model=model, log=lambda name, value, latest=False: None)
         penalty = objective.penalties(step)["cosine"]
         (loss + penalty).backward()

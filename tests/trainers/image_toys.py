@@ -120,5 +120,5 @@ def fake(model: Any, accelerator: Any = None, **changes: Any) -> SimpleNamespace
     state = SimpleNamespace(**{"deepspeed_plugin": None, "fsdp_plugin": None, **(accelerator or {})})
     return SimpleNamespace(
         model=model, args=SimpleNamespace(**args), accelerator=SimpleNamespace(state=state), train_dataset=image_rows(),
-        optimizer_cls_and_kwargs=None, objectives=[], aux_datasets={},
+        optimizer_cls_and_kwargs=None, objectives=[], aux_datasets={}, optimizer=None, is_fsdp_enabled=False,
     )  # fmt: skip
