@@ -242,12 +242,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "purify": ["d3", "ulrl"],
         "momentum": 0.9,
         "output_dir": "runs/digits",
-        "num_train_epochs": 60,
+        "num_train_epochs": 80,
         "save_strategy": "no",  # an arm takes less than a minute
         "learning_rate": 0.05,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
-        "weight_decay": 5e-4,
         "per_device_train_batch_size": 64,
     },
 }
