@@ -58,6 +58,7 @@ def blocks() -> dict[tuple[str, str], str]:
         ("README.md", "purify"): tables_purify.short_table(tables_purify.purify_records()),
         ("docs/choosing.md", "purify"): tables_purify.full_tables(tables_purify.purify_records()),
         ("docs/choosing.md", "purifier_step"): tables_purify.step_table(),
+        ("docs/log.md", "purify_search"): tables_purify.search_table(),
     }
 
 

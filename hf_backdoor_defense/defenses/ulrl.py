@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 FEWEST_CLASSES = 4  # below, the median deviation of the head's rows says nothing
 FEW_PER_CLASS = 20  # clean rows; below, the flags were wrong on digits
 _COLLAPSED = 1.1
+_UNBALANCED = 0.9  # a bound this high is met by a model that unlearned nothing
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 
 
@@ -316,7 +317,8 @@ class ULRL(Objective):
                 self._unlearned += 1
             schedule.step()
             accuracies.append(right / seen)
-            self._stop = max(self.stop_accuracy, _COLLAPSED * max(classes.values()) / seen)
+            largest = max(classes.values()) / seen
+            self._stop = max(self.stop_accuracy, min(_COLLAPSED * largest, (1 + largest) / 2))
             if accuracies[-1] <= self._stop:
                 break
         if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
@@ -347,7 +349,7 @@ class ULRL(Objective):
             logger.warning(
                 "ulrl: %d of %d units of %s are relearned.", len(self._flagged), len(self._scores), self._layer
             )
-        if self._accuracies and self._accuracies[-1] > self._stop:
+        if self._accuracies and not self._reliable():
             logger.warning(
                 "ulrl: after %d epochs of unlearning %.0f %% of the clean rows are still right (wanted: %.0f %%): the scores are "
                 "unreliable. Raise unlearn_lr or unlearn_epochs.",
@@ -393,8 +395,12 @@ class ULRL(Objective):
             "unlearn": {"epochs": len(self._accuracies), "accuracy": list(self._accuracies), "stop": self._stop},
             "layers": [layer],
             "suspected_classes": list(self._flagged) if self._units == "rows" else [],
-            "reliable": bool(self._accuracies) and self._accuracies[-1] <= self._stop,
+            "reliable": self._reliable(),
         }
+
+    def _reliable(self) -> bool:
+        """Whether the ascent came down to its bound, and the clean set was balanced enough for that to mean something."""
+        return bool(self._accuracies) and self._accuracies[-1] <= self._stop < _UNBALANCED
 
     def inert(self) -> str | None:
         """Or: nothing was unlearned. A model without suspects is a finding, not a failure."""

@@ -48,7 +48,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(hfbd):
     code, out, err = hfbd("--dry_run", "true", "--epochs", 3, "--batch_size", 8)
     assert code == 0, err
     for words in (
-        "BertForSequenceClassification", "3 classes", "14 weights driven away: bert.encoder.layer.0.attention.self.query.weight", "30 texts, cut at 8 tokens",
+        "BertForSequenceClassification", "3 classes", "14 weights driven away: bert.encoder.layer.0", "30 texts, cut at 8 tokens",
         "10 rows that are never trained on, held out", "none simulated: whether a backdoor is gone will not be measured",
         "3 epochs, 12 updates of 8 rows; SGD, momentum 0.9, rate 0.005, cosine to 0", "plain fine-tuning, same settings",
         "fewer than 20 clean rows of",

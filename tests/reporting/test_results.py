@@ -164,6 +164,9 @@ def test_the_metrics_are_those_of_the_design() -> None:
         "loss",
         "norm_ratio",
         "dose",
+        "suspects",
+        "target_suspected",
+        "bytes_per_weight",
     }
     assert set(METRICS) == {*listed.split(", "), *later}
     assert len(METRICS) == len(set(METRICS)) and set(METRICS) >= SHARES
