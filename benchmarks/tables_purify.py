@@ -4,6 +4,7 @@ A record's setting is "CELL" or "CELL: clean model": the same methods where ther
 and an accuracy that is lost, are differences of one seed, then means over seeds.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 from benchmarks.grid import RESULTS
@@ -19,6 +20,8 @@ ARMS = {
     "fine_pruning": "fine-pruning",
     "d3": "D3",
     "ulrl": "ULRL",
+    "d3 from W0": "D3 from W0, lam 2 (beside the default)",
+    "retrained": "a fresh model, from the clean rows alone",
 }
 METHODS = tuple(ARMS)[2:]
 CLEAN = ": clean model"
@@ -40,8 +43,12 @@ _ROUNDING = 1e-9  # 0.98 - 0.96 is a little more than 0.02
 
 
 def purify_records() -> list[Record]:
-    """All there are; none before the benchmark has run."""
-    return _read("purify")
+    """All there are; none before the benchmark has run. A further setting ("CELL: d3 from W0") is an arm of its cell."""
+    found = []
+    for record in _read("purify"):
+        cell, _, rest = record.setting.partition(": ")
+        found.append(dataclasses.replace(record, setting=cell, defense=rest) if rest in ARMS else record)
+    return found
 
 
 def cells(records: Iterable[Record]) -> list[str]:
@@ -164,13 +171,13 @@ def short_table(records: list[Record]) -> str:
             return pick(records, setting=cell, defense=arm, metric=metric)
 
         line = [_titled(records, cell), mean(of("clean_reference", "ftr"), 2)]
-        for arm in ("undefended", "fine_tuning", "ft_sam", "d3", "ulrl"):
+        for arm in ("undefended", "fine_tuning", "ft_sam", "d3", "ulrl", "retrained"):
             line.append(by_seed(of(arm, "asr"), seeds).replace("n/u", "–"))
         line.append(" · ".join(mean(of(arm, "r_acc"), 2) for arm in ("d3", "ulrl")))
-        line.append(" · ".join(mean(of(arm, "ca"), 3) for arm in ("undefended", "d3", "ulrl")))
+        line.append(" · ".join(mean(of(arm, "ca"), 3) for arm in ("undefended", "d3", "ulrl", "retrained")))
         rows.append([*line, {"tests": "yes", "": "–"}.get(state := state_of(records, cell), f"no: {state}")])
-    head = ["cell", "floor", "ASR as it came", *(ARMS[arm] for arm in ("fine_tuning", "ft_sam", "d3", "ulrl")),
-            "R-Acc: D3 · ULRL", "CA: as it came · D3 · ULRL", "tests a defense"]  # fmt: skip
+    head = ["cell", "floor", "ASR as it came", *(ARMS[arm] for arm in ("fine_tuning", "ft_sam", "d3", "ulrl", "retrained")),
+            "R-Acc: D3 · ULRL", "CA: as it came · D3 · ULRL · a fresh model", "tests a defense"]  # fmt: skip
     about = (
         f"ASR by seed; floor, R-Acc and CA: means. A cell tests a defense where the attack took (ASR at least {ATTACK}) and "
         f"plain fine-tuning left it in place (at least {CONTROL:.2f})."

@@ -88,7 +88,11 @@ def rows(*lines):
 
 
 def colored(home):
-    np.savez(home / "a.npz", image=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8), label=np.arange(40) % 10)
+    np.savez(
+        home / "a.npz",
+        image=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8),
+        label=np.arange(40) % 10,
+    )
 
 
 def large(home):
