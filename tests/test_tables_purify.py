@@ -156,7 +156,7 @@ def test_readme_shows_asr_of_every_seed_and_counts_goals_where_they_are_tested()
     assert rows[CELL]["D3"] == "0.02 · 0.03 · 0.03" and rows[CELL]["ASR as it came"] == "1.00 · 1.00 · 1.00"
     assert rows[CELL]["FT-SAM"] == "– · – · –" and rows[CELL]["floor"] == "0.01"
     assert rows[CELL]["R-Acc: D3 · ULRL"] == "0.40 · 0.85"
-    assert rows[CELL]["CA: as it came · D3 · ULRL"] == "0.950 · 0.910 · 0.940"
+    assert rows[CELL]["CA: as it came · D3 · ULRL · a fresh model"] == "0.950 · 0.910 · 0.940 · –"
     assert "D3 meets 2 of 3 goals" in text and "ULRL meets 4 of 4 goals" in text  # of the first cell alone
 
 
