@@ -240,7 +240,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target": 0,
         "limit": 900,  # what is left of 1,197 and the validation rows are the defender's
         "purify": ["d3", "ulrl"],
-        "purify_epochs": 60,
         "momentum": 0.9,
         "output_dir": "runs/digits",
         "num_train_epochs": 140,
