@@ -436,7 +436,7 @@ def test_baselines_against_a_separable_and_a_random_task():
 
 
 def test_the_package_exports_the_public_names():
-    assert dir(data) == ["baselines", "describe", "load"] and data.load is load
+    assert dir(data) == ["baselines", "describe", "describe_images", "load", "load_images"] and data.load is load
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = data.lod
 

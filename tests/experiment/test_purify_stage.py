@@ -134,7 +134,7 @@ def test_a_method_that_diverges_is_said_and_the_run_is_not_passed(hfbd, monkeypa
 
     monkeypatch.setattr(RUN_TRAINING, diverges)
     code, out, _ = hfbd(*ATTACK, "--purify", "d3")
-    assert code == 1 and "INERT: d3, seed 0: the loss is nan" in out
+    assert code == 1 and "FAILED: d3, seed 0: the loss is nan" in out
     assert not any(r.defense == "d3" for r in read_records(hfbd.folder / "results.json"))
     assert "d3, seed 0: INERT. the loss is nan" in (hfbd.folder / "report.html").read_text()
 
@@ -232,5 +232,5 @@ def test_the_sentence_gives_no_method_what_plain_fine_tuning_does():
         {0: {"ulrl": result(0.5, inert="nothing was flagged"), "d3": failed, "fine_tuning": result(1.0)}}
     ) == [
         "INERT: ulrl, seed 0: nothing was flagged",
-        "INERT: d3, seed 0: no",
+        "FAILED: d3, seed 0: no",
     ]
