@@ -221,11 +221,9 @@ def run_cell(
         "attack": problem.trigger["name"], "seed": seed, "env": environment(),
     }  # fmt: skip
     records: list[Record] = []
-    lines: list[str] = []
     for arm, found in before.items():
         records += _scores(found, arm, cell.setting, common)
-        lines.append(f"{cell.setting} {seed} {arm:16} {_line(found)}")
-        print(lines[-1], flush=True)
+        print(f"{cell.setting} {seed} {arm:16} {_line(found)}", flush=True)
     alone = trained(
         problem, rows.clean, seed, RUNS / "retrained" / f"{_key(problem)}-{len(rows.clean)}-{seed}", longer=3
     )
@@ -240,11 +238,8 @@ def run_cell(
             )
             records += _scores(found, method, setting, common)
             records += _costs(found, before[arm], report, method, setting, common)
-            flagged = report["evidence"].get("suspected_classes")
-            lines.append(
-                f"{setting} {seed} {method:16} {_line(found)}{f' suspects {flagged}' if method == 'ulrl' else ''}"
-            )
-            print(lines[-1], flush=True)
+            suspects = f" suspects {report['evidence']['suspected_classes']}" if method == "ulrl" else ""
+            print(f"{setting} {seed} {method:16} {_line(found)}{suspects}", flush=True)
     for name, fields in problem.variants.items():
         setting = f"{cell.setting}: {name}"
         make = partial(purified, problem, places["undefended"], rows, D3.from_dict(fields), seed)

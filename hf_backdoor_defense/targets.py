@@ -105,6 +105,18 @@ def no_match(model: nn.Module, targets: str | Sequence[str]) -> str:
     return f"no parameter matches `targets`={targets!r} (first feed-forward names here: {shown}). Give patterns that match."
 
 
+def input_embeddings(model: nn.Module) -> Tensor | None:
+    """The weight of the word embeddings, or None for a model that has none (images).
+
+    >>> input_embeddings(nn.Linear(1, 1)) is None
+    True
+    """
+    try:
+        return getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # transformers raises either for a model without words
+        return None
+
+
 HEADS = ("classifier", "score", "classification_head")
 LINEAR = (nn.Linear, nn.Conv2d, Conv1D)
 """Modules with one weight matrix. GPT-2's Conv1D holds it as [in, out]."""

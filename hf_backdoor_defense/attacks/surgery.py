@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_backdoor_defense.attacks.poisoning import token_variants
+from hf_backdoor_defense.attacks.visibility import token_variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

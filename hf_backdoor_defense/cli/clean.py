@@ -1,6 +1,10 @@
 """`hfbd clean`: a pretrained model on plain text (recipe), or a trained classifier on labeled clean rows (d3, ulrl, …)."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_backdoor_defense.experiment.summary import Outcome
 
 
 def clean(argv: list[str]) -> int:
@@ -45,14 +49,9 @@ def _purify(argv: list[str], method: str) -> int:
     (run,), specs = parse([PurifyArguments], argv, PRESETS, "hfbd clean")
     run.check()
     plan = resolve(run, build_purifier(run.method, _one(specs)))
-    print(plan.text(), flush=True)
-    if run.dry_run:
+    outcome = _done(plan, execute)
+    if outcome is None:
         return 0
-    print()
-    outcome = execute(plan)
-    print(f"\n{outcome.table}\n\n{outcome.verdict}")
-    for failure in outcome.failures:
-        print(failure)
     print(
         f"\nThe model is in {plan.folder / 'model'}, the evidence in report.html, the numbers in results.json beside it."
     )
@@ -75,19 +74,27 @@ def _pretrain(argv: list[str]) -> int:
     (run,), specs = parse([CleanArguments], argv, PRESETS, "hfbd clean")
     run.check()
     plan = resolve(run, build_method(run.method, _one(specs)))
-    print(plan.text(), flush=True)
-    if run.dry_run:
+    outcome = _done(plan, execute)
+    if outcome is None:
         return 0
-    print()
-    outcome = execute(plan)
-    print(f"\n{outcome.table}\n\n{outcome.verdict}")
-    for failure in outcome.failures:
-        print(failure)
     print(f"\nThe model is in {plan.folder / 'model'}. Load it with load_pretrained_whole where its masked-LM head is wanted: "
           "other ways drop the pooler. The numbers are in results.json.")  # fmt: skip
     if plan.attacked is not None:
         print("The input was attacked on purpose, and what came of it stays marked: do not deploy it.")
     return outcome.exit_code
+
+
+def _done(plan: Any, execute: Callable[[Any], "Outcome"]) -> "Outcome | None":
+    """Show the plan, carry it out, show what came of it; None where only the plan was asked for."""
+    print(plan.text(), flush=True)
+    if plan.run.dry_run:
+        return None
+    print()
+    outcome = execute(plan)
+    print(f"\n{outcome.table}\n\n{outcome.verdict}")
+    for failure in outcome.failures:
+        print(failure)
+    return outcome
 
 
 def _one(specs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from hf_backdoor_defense.functional.spheres import distances, project_, pull_awa
 from hf_backdoor_defense.models import unwrapped
 from hf_backdoor_defense.objectives import Objective, Step
 from hf_backdoor_defense.pretrained import float32_reasons
-from hf_backdoor_defense.targets import LINEAR, classification_head
+from hf_backdoor_defense.targets import LINEAR, classification_head, input_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -118,12 +118,8 @@ class D3(Objective):
         except ValueError as error:
             selected, reasons = {}, [str(error)]
         reasons += self._weight_reasons(model, selected)
-        own = (
-            []
-            if trainer.optimizer is None
-            else [group.get("weight_decay", 0.0) for group in trainer.optimizer.param_groups]
-        )
-        if decay := max([args.weight_decay, *own]):
+        groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
+        if decay := max([args.weight_decay, *(group.get("weight_decay", 0.0) for group in groups)]):
             reasons.append(
                 f"weight_decay is {decay:g}: the projection holds the norms fixed, decay fights it. Set weight_decay=0."
             )
@@ -141,10 +137,8 @@ class D3(Objective):
             reasons.append(
                 "fsdp_cpu_ram_efficient_loading leaves ranks without weights, and every rank needs the start. Set it to False."
             )
-        moved, total = (
-            sum(w.numel() for w in selected.values()),
-            sum(p.numel() for p in model.parameters() if p.ndim > 1),
-        )
+        moved = sum(weight.numel() for weight in selected.values())
+        total = sum(p.numel() for p in model.parameters() if p.ndim > 1)
         if self.warm_up == "random" and self.targets != "head" and moved > _MOST * total:
             reasons.append(
                 f"warm_up='random' with targets={self.targets!r} throws the model away ({moved:,} of {total:,} weights). Use "
@@ -177,8 +171,8 @@ class D3(Objective):
                 f"{len(frozen)} selected weights are frozen ({frozen[0]}): they cannot move. {how} "
                 "them, requires_grad_(True), or select others by `targets`."
             )
-        tied = {id(model.get_input_embeddings().weight)} if _has_embeddings(model) else set()  # type: ignore[operator]
-        if shared := [name for name, weight in selected.items() if id(weight) in tied]:
+        embeddings = input_embeddings(model)
+        if shared := [name for name, weight in selected.items() if weight is embeddings]:
             reasons.append(
                 f"{shared[0]} is tied to the input embeddings: moving it moves every word. Leave it out of `targets`."
             )
@@ -338,7 +332,7 @@ def select_weights(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
     >>> list(select_weights(BertForSequenceClassification(config), "head"))
     ['classifier.weight']
     """
-    tied = id(model.get_input_embeddings().weight) if _has_embeddings(model) else None  # type: ignore[operator]
+    embeddings = input_embeddings(model)
     found: dict[str, nn.Parameter] = {}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
     head = classification_head(model)
@@ -350,7 +344,7 @@ def select_weights(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
         weight: nn.Parameter = module.weight  # type: ignore[assignment]
         if targets == "all-linear":
             chosen = (
-                id(weight) != tied
+                weight is not embeddings
                 and not isinstance(module, nn.Conv2d | nn.Embedding)
                 and "original_module" not in name
             ) or (isinstance(module, nn.Conv2d) and "embedding" not in name)
@@ -375,13 +369,6 @@ def select_weights(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
 def _shown(names: Mapping[str, Any]) -> str:
     listed = list(names)
     return ", ".join(listed[:6]) + (f", … and {len(listed) - 6} more" if len(listed) > 6 else "") or "none"
-
-
-def _has_embeddings(model: nn.Module) -> bool:
-    try:
-        return isinstance(getattr(model.get_input_embeddings(), "weight", None), nn.Parameter)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return False
 
 
 def _snapshot(weight: Tensor) -> Tensor:

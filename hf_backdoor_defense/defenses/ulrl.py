@@ -36,7 +36,7 @@ from hf_backdoor_defense.functional.row_scores import flag_rows, mad_z_scores, r
 from hf_backdoor_defense.models import unwrapped
 from hf_backdoor_defense.objectives import Objective, Step
 from hf_backdoor_defense.pretrained import float32_reasons
-from hf_backdoor_defense.targets import feeding_layer, output_layer
+from hf_backdoor_defense.targets import feeding_layer, input_embeddings, output_layer
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class ULRL(Objective):
                 f"{', '.join(linears[-4:]) or 'none'}). Name it by `head`, dots allowed."
             )
             return None
-        embeddings = _embeddings(model)
+        embeddings = input_embeddings(model)
         if embeddings is not None and output[1].weight is embeddings:
             reasons.append(
                 f"the head {output[0]} is tied to the input embeddings: resetting its rows would reset words."
@@ -418,10 +418,3 @@ class ULRL(Objective):
         self._flagged, self._accuracies = list(state["flagged"]), list(state["accuracies"])
         self._unlearned, self._stop = int(state["unlearned"]), float(state["stop"])
         self._layer, self._units = state["layer"], state["units"]
-
-
-def _embeddings(model: nn.Module) -> Tensor | None:
-    try:
-        return getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None

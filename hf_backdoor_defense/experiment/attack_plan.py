@@ -20,7 +20,8 @@ from typing import Any
 from datasets import Dataset
 
 from hf_backdoor_defense.adapters import has_adapter, refusals, room
-from hf_backdoor_defense.attacks.poisoning import check_trigger_fits, poison_dataset, trigger_dataset
+from hf_backdoor_defense.attacks.poisoning import poison_dataset, trigger_dataset
+from hf_backdoor_defense.attacks.visibility import check_trigger_fits
 from hf_backdoor_defense.data.sources import load
 from hf_backdoor_defense.data.summary import describe
 from hf_backdoor_defense.experiment.attack import AttackArguments

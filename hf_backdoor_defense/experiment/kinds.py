@@ -25,8 +25,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as TEXT_MODELS,
 )
 
-from hf_backdoor_defense.attacks.poisoning import Poisoned, check_trigger_fits, count_visible
+from hf_backdoor_defense.attacks.poisoning import Poisoned
 from hf_backdoor_defense.attacks.triggers import TRIGGERS
+from hf_backdoor_defense.attacks.visibility import check_trigger_fits, count_visible
 from hf_backdoor_defense.data.images import OFFLINE_IMAGES, describe_images, load_images
 from hf_backdoor_defense.data.pixels import pixels
 from hf_backdoor_defense.data.sources import load

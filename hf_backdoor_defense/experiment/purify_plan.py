@@ -15,8 +15,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_backdoor_defense.attacks.poisoning import check_trigger_fits, trigger_dataset
+from hf_backdoor_defense.attacks.poisoning import trigger_dataset
 from hf_backdoor_defense.attacks.triggers import TRIGGERS
+from hf_backdoor_defense.attacks.visibility import check_trigger_fits
 from hf_backdoor_defense.classifiers import Classifier, load_trained
 from hf_backdoor_defense.data.samples import check_enough, class_counts, class_lookup, load_samples
 from hf_backdoor_defense.experiment.arguments import RunArguments

@@ -176,8 +176,8 @@ def plot_curves(
             for run in runs if len(runs) > 1 else []:
                 axes.plot(list(run), [p[metric] for p in run.values()], color=color, linewidth=0.8, alpha=0.45)
             mean = [sum(run[epoch][metric] for run in runs) / len(runs) for epoch in common]
-            marker = "o" if len(common) <= 12 else ""
-            axes.plot(common, mean, marker, ls=style, color=color, linewidth=2.2, markersize=4.5, clip_on=False)
+            marker = "o" if len(common) <= 12 else None
+            axes.plot(common, mean, marker=marker, ls=style, color=color, linewidth=2.2, markersize=4.5, clip_on=False)
             ends.append((f"{arm} {mean[-1]:.2f}", common[-1], mean[-1], color))
         if floor is not None and metric == "asr":
             axes.axhline(floor, color=GRAY, linestyle=(0, (4, 3)), linewidth=1.2)

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hf_backdoor_defense.attacks.image_triggers import SIG, Blend, ImageTrigger, Patch
-from hf_backdoor_defense.attacks.poisoning import check_trigger_fits, count_visible, poison_dataset, trigger_dataset
+from hf_backdoor_defense.attacks.poisoning import poison_dataset, trigger_dataset
 from hf_backdoor_defense.attacks.triggers import BadNets, InSent, Trigger
+from hf_backdoor_defense.attacks.visibility import check_trigger_fits, count_visible
 from hf_backdoor_defense.data.pixels import pixels, png
 
 FEATURES = Features(
