@@ -6,6 +6,7 @@ The model is backdoored on purpose first, so that there is something to see: a c
 see clean rows alone. Plain fine-tuning with the same rows and updates stands beside them: what it removes is no method's merit.
 """
 
+import torch
 from transformers import TrainingArguments
 
 from hf_backdoor_defense import DefendedTrainer, evaluate_backdoor, poison_dataset, purify, trigger_dataset
@@ -24,11 +25,15 @@ def main() -> None:
     model, processor = new_digits_vit()
     collate = ImageCollator(processor, model.config)
     args = TrainingArguments(
-        output_dir="runs/example/backdoored", num_train_epochs=40, per_device_train_batch_size=64, learning_rate=1e-3,
-        save_strategy="no", report_to="none", remove_unused_columns=False, seed=0,
+        output_dir="runs/example/backdoored", num_train_epochs=100, per_device_train_batch_size=64, learning_rate=0.05,
+        lr_scheduler_type="cosine", warmup_steps=0.1, save_strategy="no", report_to="none", remove_unused_columns=False, seed=0,
     )  # fmt: skip
+    # With AdamW the model would sit in a sharp minimum, and plain fine-tuning would remove the backdoor (docs/footguns.md).
+    sgd = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})
     poisoned = poison_dataset(rest, trigger, target=TARGET, rate=RATE, seed=0).dataset
-    DefendedTrainer(model, args=args, train_dataset=poisoned, data_collator=collate).train()
+    DefendedTrainer(
+        model, args=args, train_dataset=poisoned, data_collator=collate, optimizer_cls_and_kwargs=sgd
+    ).train()
 
     triggered = trigger_dataset(data["test"], trigger, target=TARGET, seed=0)  # reaches no method, only the measurement
 
