@@ -1,0 +1,1 @@
+"""Publishing a model with its evidence, and verifying one: card, push, verify, load."""

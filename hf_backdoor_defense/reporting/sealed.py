@@ -1,0 +1,127 @@
+"""`checksums.json`: which bytes belong together, so that edited numbers and exchanged weights are noticed.
+
+    {"schema": 1, "files": {"results.json": {"sha256": "…", "bytes": 1234}, "model/model.safetensors": …}}
+
+Paths are relative to the folder of the file, with `/`. A run's covers its `results.json` and all files of its models; a published
+folder's covers every file but itself. It tells accidents and edits; who edits both files on purpose is not stopped by it: only
+measuring again is (`hfbd verify`).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_backdoor_defense.reporting.results import _json, write_bytes, write_json
+
+CHECKSUMS, RESULTS = "checksums.json", "results.json"
+SCHEMA = 1
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_results(folder: str | Path, payload: Mapping[str, Any]) -> Path:
+    """Write `results.json`, and before it the checksums of it and of the models that it names under `models`.
+
+    Each file appears whole or not at all; a folder with results has their checksums.
+
+    Args:
+        payload: what `write_json` takes. `models`: entries (`ModelEntry.to_dict`), whose folders are there.
+
+    Raises:
+        ValueError: the payload is not JSON, or names a model whose folder is missing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = write_results(folder, {"schema": 1, "records": [], "models": []})
+        ...     list(check_sealed(folder))
+        ['results.json']
+    """
+    folder, data = Path(folder), _json(payload, indent=2)
+    files = {RESULTS: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
+    for entry in payload.get("models", []):
+        place = folder / entry["path"]
+        if not place.is_dir():
+            raise ValueError(f"`{place}` must hold the model that the results name, and is no folder. Run again.")
+        files.update(_listed(folder, _own_files(place)))
+    write_json(folder / CHECKSUMS, {"schema": SCHEMA, "files": files})
+    return write_bytes(folder / RESULTS, data)
+
+
+def check_sealed(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """The files that the folder's checksums name, when all are there and unchanged.
+
+    Returns:
+        by path: `sha256` and `bytes`.
+
+    Raises:
+        ValueError: no checksums, or files that are missing or differ, all of them named.
+    """
+    folder = Path(folder)
+    files = read_checksums(folder)
+    wrong = []
+    for name, about in files.items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} (missing)")
+        elif path.stat().st_size != about["bytes"] or file_sha256(path) != about["sha256"]:
+            wrong.append(f"{name} (changed)")
+    if wrong:
+        raise ValueError(
+            f"`{folder}` must be as it was written, but differs from its {CHECKSUMS}: {', '.join(wrong)}. Figures and weights "
+            "belong together only as a run wrote them. Restore the files, or run again in another folder."
+        )
+    return files
+
+
+def read_checksums(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """The entries of a folder's checksums, unchecked. Raises ValueError where there are none, or not ours."""
+    path = Path(folder) / CHECKSUMS
+    if not path.is_file():
+        raise ValueError(
+            f"`{folder}` must hold {CHECKSUMS}, and does not: nothing says that its figures and weights belong together. An "
+            "earlier version of this package wrote none; run again in another folder."
+        )
+    try:
+        payload = json.loads(path.read_bytes())
+        if payload["schema"] != SCHEMA:
+            raise ValueError(f"schema {payload['schema']!r}")
+        for name, about in payload["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(about["bytes"], int):
+                raise ValueError(f"entry {name!r}")
+            if not isinstance(about["sha256"], str) or len(about["sha256"]) != 64:
+                raise ValueError(f"entry {name!r}")
+        return dict(payload["files"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"`{path}` must be what this package writes, got something else ({error}). Restore it, or run again."
+        ) from error
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """All files of a model's folder but what a run keeps beside it: results and checksums (a Trainer's output folder is both)
+    and checkpoints."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    own = []
+    for path in found:
+        parts = path.relative_to(folder).parts
+        if path.name not in (CHECKSUMS, RESULTS) and not parts[0].startswith((".", "checkpoint-", "runs")):
+            own.append(path)
+    return own
+
+
+def _listed(root: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    # Relative to the run's folder also where the model lies in "." of it.
+    return {
+        path.resolve().relative_to(root.resolve()).as_posix(): {
+            "sha256": file_sha256(path),
+            "bytes": path.stat().st_size,
+        }
+        for path in paths
+    }
