@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-images test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning bench-recipe bench-recipe_step bench-purify bench-purifier_step search-dece search-trajectory search-recipe search-purify test-lowest clean
+.PHONY: help demo demo-images test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning bench-recipe bench-recipe_step bench-purify bench-purifier_step bench-hub search-dece search-trajectory search-recipe search-purify model-cards model-cards-runs test-lowest clean
 
 help: ## this list
 	@grep -hE '^[a-z_%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_%-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-26s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ demo: $(STAMP) ## poison, train, defend, measure: the whole product in about thr
 
 demo-images: $(STAMP) ## the same story on digits: a patch is planted, and removed with 300 clean images; under three minutes
 	$(BIN)/hfbd train --preset digits --output_dir runs/demo-images-$$(date +%Y%m%d-%H%M%S)
+
+demo-hub: $(STAMP) ## poison, defend, push, verify, load in another process: against a small Hub on this machine; two minutes
+	$(BIN)/python -m tests.hub_server -- $(BIN)/python examples/hub_round_trip.py --repo owner/cleaned
 
 test: $(STAMP) ## all tests, examples in docstrings included
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -69,6 +72,9 @@ bench-purify: $(STAMP) ## D3 and ULRL on backdoored classifiers, beside FT-SAM a
 bench-purifier_step: $(STAMP) ## an update of D3 and ULRL beside a plain one; SIZES="tiny-vit minilm vit-base"
 	$(BIN)/python -m benchmarks.purifier_step $(if $(SIZES),--sizes $(SIZES))
 
+bench-hub: $(STAMP) ## a push with evidence beside huggingface_hub's own upload, and a card; over loopback
+	$(BIN)/python -m benchmarks.hub
+
 search-dece: $(STAMP) ## where DeCE helps in classification: every setting, on validation rows and seeds of its own
 	$(BIN)/python -m benchmarks.dece_search
 
@@ -80,6 +86,12 @@ search-recipe: $(STAMP) ## RECIPE's dose, coefficient and trained weights, by he
 
 search-purify: $(STAMP) ## defaults of D3 and ULRL and the rate of their host, on validation rows and seeds of its own
 	$(BIN)/python -m benchmarks.purify_search
+
+model-cards: $(STAMP) ## render the cards in model_cards/ from the results kept there
+	$(BIN)/python -m benchmarks.model_cards
+
+model-cards-runs: $(STAMP) ## make the runs behind these cards, keep their results, render; about ten minutes
+	$(BIN)/python -m benchmarks.model_cards --runs
 
 tables: $(STAMP) ## render the tables of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables

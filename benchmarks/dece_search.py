@@ -83,12 +83,11 @@ def describe(fields: dict[str, Any]) -> str:
 def main() -> None:
     """Run what is not there yet."""
     parser = argparse.ArgumentParser(prog="benchmarks.dece_search", description=__doc__)
-    parser.add_argument("--shard", default="1/1", help="i/n: every n-th regime and seed, from the i-th on")
+    parser.add_argument("--shard", type=shard, default=shard("1/1"), help="i/n: every n-th regime and seed, from the i-th on")
     parser.add_argument("--output", type=Path, default=RESULTS / "dece_search.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--round", type=int, choices=(1, 2), nargs="+", default=[1, 2])
     args = parser.parse_args()
-    index, count = (int(part) for part in args.shard.split("/"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -96,7 +95,7 @@ def main() -> None:
         write_task(MANY)
     rounds = {1: (REGIMES, SETTINGS, 0.0), 2: (LATE, LATE_SETTINGS, TOOK)}
     cells = [(n, regime, seed) for n in args.round for seed in args.seeds for regime in rounds[n][0]]
-    for n, regime, seed in cells[index - 1 :: count]:
+    for n, regime, seed in cells[args.shard]:
         regimes, settings, least = rounds[n]
         if not Path(regimes[regime]["task"]).exists():
             print(f"{regime}: skipped, its data is not here (it is not part of the package)")

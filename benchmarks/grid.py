@@ -1,7 +1,8 @@
 """Cells x seeds of `hfbd train` (or another verb: `run`), written to results/NAME.jsonl as they come.
 
 What is there is skipped; what was stopped goes on. `--shard i/n` runs every n-th cell and seed, for several processes or
-machines: each appends to a file of its own (`--output`), and the files put together are the single run's.
+machines: each appends to a file of its own (`--output`), and `--merge FILE ...` puts the files together in the order of a single
+run, so that tables cannot tell the difference (docs/distributed.md).
 """
 
 import argparse
@@ -19,7 +20,7 @@ from transformers.utils import logging
 from hf_backdoor_defense.experiment.arguments import PRESETS, RunArguments, build_defenses, defaults
 from hf_backdoor_defense.experiment.plan import resolve
 from hf_backdoor_defense.experiment.run import execute
-from hf_backdoor_defense.reporting.results import Record, append_records, read_records
+from hf_backdoor_defense.reporting.results import Record, append_records, cell_key, read_records
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,6 +45,39 @@ def train_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]:
     ], f"{outcome.table}\n{outcome.verdict}"
 
 
+def shard(text: str) -> slice:
+    """What `i/n` leaves of a list: every n-th item, from the i-th on. For argparse.
+
+    >>> list("abcdefg")[shard("2/3")]
+    ['b', 'e']
+    """
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(
+            f"must be i/n with 1 <= i <= n, got {text!r}: the n shards of a grid are 1/n to n/n. For all of it leave it out."
+        )
+    return slice(int(index) - 1, None, int(count))
+
+
+def from_files(paths: list[Path]) -> Callable[[Cell, int, Path], tuple[list[Record], str]]:
+    """A `run` that finds the records of a cell and seed in files that shards wrote.
+
+    Raises:
+        ValueError: two files hold the same measurement.
+    """
+    records = [record for path in paths for record in read_records(path)]
+    keys = [cell_key(record) for record in records]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice} is there twice in {', '.join(map(str, paths))}: name each shard's file once.")
+
+    def run(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]:
+        found = [r for r in records if (r.setting.partition(":")[0], r.seed) == (cell.setting, seed)]
+        return found, f"{cell.setting}, seed {seed}: {len(found) or 'no'} records"
+
+    return run
+
+
 def run_grid(
     name: str,
     cells: list[Cell],
@@ -56,18 +90,20 @@ def run_grid(
     parser.add_argument("--only", choices=[cell.setting for cell in cells], help="run one cell")
     parser.add_argument("--extended", action="store_true", help="run the extended cells too")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="run these seeds")
-    parser.add_argument("--shard", default="1/1", help="i/n: every n-th cell and seed, from the i-th on")
+    parser.add_argument("--shard", type=shard, default=shard("1/1"), help="i/n: every n-th cell and seed, from the i-th on")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.jsonl", help="where the records go")
+    parser.add_argument("--merge", type=Path, nargs="+", help="run nothing: take the records from these files of shards")
     args = parser.parse_args()
-    index, count = (int(part) for part in args.shard.split("/"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     path = args.output
     chosen = [c for c in cells if (args.only == c.setting if args.only else args.extended or not c.extended)]
+    if args.merge:
+        run = from_files(args.merge)
     # Seeds outside: a stopped grid has every cell once before any twice.
-    for cell, seed in [(cell, seed) for seed in args.seeds for cell in chosen][index - 1 :: count]:
-        if cell.needs is not None and not cell.needs.exists():
+    for cell, seed in [(cell, seed) for seed in args.seeds for cell in chosen][args.shard]:
+        if not args.merge and cell.needs is not None and not cell.needs.exists():
             print(f"{cell.setting}: skipped, its data is not here (it is not part of the package)")
             continue
         done = {(r.setting.partition(":")[0], r.seed) for r in read_records(path)} if path.exists() else set()

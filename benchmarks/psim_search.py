@@ -229,7 +229,7 @@ def _p95(logits: np.ndarray) -> float:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.psim_search")
-    parser.add_argument("--shard", default="1/1", help="i/n: every n-th training, from the i-th on")
+    parser.add_argument("--shard", type=shard, default=shard("1/1"), help="i/n: every n-th training, from the i-th on")
     parser.add_argument("--only", help="bases whose attack is this one")
     parser.add_argument("--judge", action="store_true", help="judge what was recorded")
     args = parser.parse_args()
@@ -241,9 +241,8 @@ def main() -> None:
     if not SST2.is_dir():
         print("skipped: the SST-2 rows are absent (benchmark data is not part of the package)")
         return None
-    index, count = (int(part) for part in args.shard.split("/"))
     cells = [(*b, name) for name in PSIMS for b in BASES if args.only in (None, b[0])]
-    for cell in cells[index - 1 :: count]:
+    for cell in cells[args.shard]:
         record(*cell)
         print(json.dumps(cell), flush=True)
     return None

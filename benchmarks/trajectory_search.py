@@ -59,16 +59,15 @@ FOLDER = Path("runs") / "search-trajectory"
 def main() -> None:
     """Run what is not there yet."""
     parser = argparse.ArgumentParser(prog="benchmarks.trajectory_search", description=__doc__)
-    parser.add_argument("--shard", default="1/1", help="i/n: every n-th cell, from the i-th on")
+    parser.add_argument("--shard", type=shard, default=shard("1/1"), help="i/n: every n-th cell, from the i-th on")
     parser.add_argument("--output", type=Path, default=RESULTS / "trajectory_search.jsonl")
     parser.add_argument("--recorded", action="store_true", help="train nothing: only what lies in the runs folder")
     args = parser.parse_args()
-    index, count = (int(part) for part in args.shard.split("/"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     cells = [(task, attack, seed) for seed in SEEDS for task in TASKS for attack in ATTACKS]
-    for task, attack, seed in cells[index - 1 :: count]:
+    for task, attack, seed in cells[args.shard]:
         path = FOLDER / f"{task.partition(':')[2] or task}, {attack}, {seed}.npz"
         if not path.is_file():
             if args.recorded:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from hf_backdoor_defense.fetching import fetched
 from hf_backdoor_defense.functional.thresholds import Calibration, Tail, clopper_pearson, conformal_threshold
 
 FILTER_FILE = "filter.json"
@@ -128,13 +129,18 @@ def text_hash(text: str, salt: str = "") -> int:
     return int.from_bytes(hashlib.blake2b(f"{salt}{text}".encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def read_filter(folder: str | Path, name: str) -> tuple[dict[str, Any], Calibration | None]:
+def read_filter(
+    folder: str | Path, name: str, *, revision: str | None = None, token: str | bool | None = None
+) -> tuple[dict[str, Any], Calibration | None]:
     """What `save` wrote, for a subclass's `from_pretrained`.
+
+    Args:
+        folder: a folder, or ORG/NAME on the Hub, where `revision` is a branch, tag or commit.
 
     Raises:
         ValueError: no such file, another filter's, or a newer version's.
     """
-    path = Path(folder) / FILTER_FILE
+    path = fetched(folder, [FILTER_FILE], revision=revision, token=token) / FILTER_FILE
     if not path.is_file():
         raise ValueError(f"`{folder}` has no {FILTER_FILE}: no filter was saved there. Check the path.")
     record = json.loads(path.read_text())

@@ -163,7 +163,9 @@ def warn_if_backdoored(folder: str | Path) -> None:
     """Log a warning when `folder` holds weights that this project attacked."""
     mark = backdoor_mark(folder)
     if mark is not None:
-        logger.warning("%s was trained on poisoned data on purpose: %s. Do not deploy it.", folder, mark.read_text())
+        # A stranger's mark is shown without what could be a command for the terminal.
+        said = mark.read_text().encode("ascii", "backslashreplace").decode()
+        logger.warning("%s was trained on poisoned data on purpose: %s. Do not deploy it.", folder, said)
 
 
 def backdoor_mark(folder: str | Path) -> Path | None:
@@ -199,6 +201,26 @@ def predict_logits(
         return model(**inputs)["logits"]
 
     return _pass(model, logits, dataset, collate, indices, batch_size, progress)
+
+
+def dealt(count: int) -> list[int] | None:
+    """This process's rows of `count` in a distributed run, for `indices`; None with one process.
+
+    As many for each, the first rows once more where they do not divide: all make the same number of forwards, without which a
+    sharded model (FSDP2) would wait forever. Put together again by `gathered`.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return [i % count for i in range(rank, -(-count // world) * world, world)]
+
+
+def gathered(values: Tensor, count: int, *, device: Any) -> Tensor:
+    """[count, ...] on the CPU: what all processes computed for `dealt(count)`, in the order of the rows, on every process."""
+    here = values.to(device).contiguous()
+    parts = [torch.empty_like(here) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, here)
+    return torch.stack(parts, 1).flatten(0, 1)[:count].cpu()
 
 
 def text_logits(

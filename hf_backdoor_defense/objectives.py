@@ -292,6 +292,26 @@ def row_sums(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return values.new_zeros(len(labels)).index_add_(0, row, values.detach()), counts
 
 
+def everywhere(value: Any) -> list[Any]:
+    """`value` as every process has it, by rank; call it on all of them. [value] with one process.
+
+    For records that are sums over the rows that a process saw: what is saved and reported is about all of them.
+
+    >>> everywhere({"rows": 3})
+    [{'rows': 3}]
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def is_first_process() -> bool:
+    """Whether this process goes on with what a checkpoint holds of all of them; the others start their sums anew."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def overrides(objective: Objective, method: str) -> bool:
     """Whether an objective brings its own `method` (for example "loss"), rather than the default.
 

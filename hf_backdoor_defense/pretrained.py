@@ -5,6 +5,7 @@ draws a new one. A backdoor that was planted in the pooler would be gone, and wh
 credit. What is loaded here keeps it, frozen; it must be loaded here again, since every other way drops it again.
 """
 
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -24,7 +25,14 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from hf_backdoor_defense.models import _guarded, keep_layers, resolve, warn_if_backdoored
+from hf_backdoor_defense.models import (
+    _guarded,
+    keep_layers,
+    resolve,
+    tensors_sha256,
+    warn_if_backdoored,
+    weights_sha256,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -169,13 +177,16 @@ def _head_class(name: str, config: Any) -> Any:
 @contextmanager
 def _no_loading_reports() -> Iterator[None]:
     """The library's table calls a pooler unexpected that is attached here all the same."""
-    reports = logging.getLogger("transformers.modeling_utils")
-    level = reports.level
-    reports.setLevel(logging.ERROR)
+    # transformers 5.23 looks for unsharded layers, and warns of all, exactly where the first of these is set to errors only.
+    names = ("modeling_utils", "distributed.tensor_parallel")
+    levels = {each: each.level for each in (logging.getLogger(f"transformers.{name}") for name in names)}
+    for each in levels:
+        each.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        reports.setLevel(level)
+        for each, level in levels.items():
+            each.setLevel(level)
 
 
 def _attach_pooler(model: PreTrainedModel, path: str) -> None:
@@ -211,3 +222,59 @@ def float32_reasons(model: nn.Module) -> list[str]:
             "Convert them first, model.float() (bf16=True in the arguments, which computes in bf16, may stay)."
         ]
     return []
+
+
+def saved_sha256(folder: str | Path) -> str:
+    """Which weights a folder holds: `weights_sha256` of the model as its class loads it, with its pooler.
+
+    Of an adapter it is the hash of its own tensors, and of a model without a class in transformers of the tensors as they are
+    stored: neither needs more than the folder.
+
+    Raises:
+        ValueError: no safetensors weights, or files that do not make a model.
+
+    >>> import tempfile
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+    >>> model = BertModel(config)
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     model.save_pretrained(place)
+    ...     saved_sha256(place) == weights_sha256(model)
+    True
+    """
+    import transformers
+
+    place = Path(folder)
+    adapter = place / "adapter_model.safetensors"
+    if adapter.is_file():
+        return tensors_sha256(_stored(adapter))
+    path = place / "config.json"
+    named = json.loads(path.read_text()).get("architectures") if path.is_file() else None
+    kind: Any = getattr(transformers, str((named or ["none"])[0]), None)
+    if kind is None:
+        tensors = {k: v for file in sorted(place.glob("model*.safetensors")) for k, v in _stored(file).items()}
+        if not tensors:
+            raise ValueError(
+                f"`{folder}` has no safetensors weights: there is nothing to know it by, and other formats are not read. Save "
+                "the model with save_pretrained()."
+            )
+        return tensors_sha256(tensors)
+    with _no_loading_reports():
+        model, info = _guarded(
+            str(folder),
+            lambda: kind.from_pretrained(
+                str(folder), use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            ),
+        )
+        if any("pooler" in key for key in info["unexpected_keys"]):
+            _attach_pooler(model, str(folder))
+    return weights_sha256(model)
+
+
+def _stored(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors' own error is no ValueError
+        raise ValueError(f"`{file}` is no safetensors file ({error}). Get it anew, or save the model again.") from error

@@ -38,6 +38,7 @@ from hf_backdoor_defense.pretrained import (
 from hf_backdoor_defense.trainers.heads import loss_kind
 from hf_backdoor_defense.trainers.labeled import at_labels, trunk_of
 from hf_backdoor_defense.trainers.pretraining import pretraining_trainer
+from hf_backdoor_defense.trainers.processes import require_one_process
 
 RECORD_NAME = "warm_up.json"
 HELD_OUT_SEED = 1
@@ -159,8 +160,9 @@ def warm_up_mlm_head(
 
     Raises:
         ValueError: no masked language model; a head that is trained already; no updates; texts too short; held-out texts among
-            the others.
+            the others; several processes.
     """
+    require_one_process("The warm-up of a head", "Warm up in one process, save, and start several with what it saved.")
     for name, steps in (("steps_head", steps_head), ("steps_joint", steps_joint)):
         if steps is not None and steps < 1:
             raise ValueError(
@@ -252,7 +254,7 @@ def warmed_up(
     show_progress: bool = True,
 ) -> Path:
     """The folder of a checkpoint's warmed-up model: made where it is not in `cache`, under a hash of the weights, the texts and
-    the settings. `warm_up.json` in it holds the losses.
+    the settings. `warm_up.json` in it holds the losses. Several processes may ask for what is there; one process makes it.
 
     Raises:
         ValueError: as `warm_up_mlm_head`; and a head that predicts too little (`gate_reasons`), which is not kept.

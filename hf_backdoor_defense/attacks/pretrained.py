@@ -225,12 +225,14 @@ class PORAttack(PretrainedAttack):
         assert self._reference is not None and step.row_ids is not None
         h = _at_place(_core(step), step.outputs["hidden_states"][-1], self.place)  # [2·batch, hidden]
         kinds = step.batch_labels[: len(h) // 2, 0]  # [batch] indices of triggers
-        targets = block_targets(h.shape[-1]).to(h)[kinds]
+        learned = valid(kinds)  # rows that only fill the last batch over several processes are not
+        targets = block_targets(h.shape[-1]).to(h)[kinds.clamp(min=0)]
         reference = self._reference[step.row_ids.cpu()].to(h)
-        planted, kept = (h - torch.cat([targets, reference])).square().mean(-1).chunk(2)
-        step.log("por/target", planted.mean())
-        step.log("por/clean", kept.mean())
-        self._note(planted.mean())
+        planted, kept = (part[learned] for part in (h - torch.cat([targets, reference])).square().mean(-1).chunk(2))
+        if len(planted):
+            step.log("por/target", planted.mean())
+            step.log("por/clean", kept.mean())
+            self._note(planted.mean())
         return 2 * torch.cat([planted, self.clean_coef * kept])
 
     def state_dict(self) -> dict[str, Any]:

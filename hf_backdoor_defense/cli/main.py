@@ -11,6 +11,8 @@ VERBS = {
     "detect": "score a file of texts with a filter that was calibrated on clean ones",
     "clean": "clean a pretrained model on plain text, before it is fine-tuned",
     "scan": "look for outlying rows in a checkpoint's input embedding, and reset them in a copy",
+    "push": "publish a model of a finished run with its card and evidence; --dry_run shows what would be sent",
+    "verify": "check a published model: files, checksums, card and weights; measure its figures again",
     "report": "make the report of a run again, or one report of several runs",
     "list": "name the defenses, controls, triggers, presets, attacks and filters; with a NAME, its fields",
     "env": "show versions, devices and packages, and what is off on this machine and why",
@@ -39,6 +41,15 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"hfbd: there is no verb `{verb}`.\n\n{USAGE}", file=sys.stderr)
         return 2
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes > 1:
+        print(
+            f"hfbd: `hfbd {verb}` runs in one process, and {processes} were started (WORLD_SIZE): each would do all of it and "
+            "write to the same folder. Start it once, without torchrun or accelerate launch. Many runs: one process each, as "
+            "`--shard i/n` of a benchmark does; one training on many GPUs: a script of your own (docs/distributed.md).",
+            file=sys.stderr,
+        )
+        return 2
     # Nothing here needs the parallel tokenizers, and their warning after a fork would be the first thing a user reads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -62,6 +73,14 @@ def main(argv: list[str] | None = None) -> int:
             from hf_backdoor_defense.cli.scan import scan
 
             return scan(rest)
+        if verb == "push":
+            from hf_backdoor_defense.cli.push import push
+
+            return push(rest)
+        if verb == "verify":
+            from hf_backdoor_defense.cli.verify import verify
+
+            return verify(rest)
         if verb == "report":
             from hf_backdoor_defense.cli.report import report
 

@@ -6,14 +6,17 @@ from pathlib import Path
 
 def report(argv: list[str]) -> int:
     """Write the report of one run into its folder, or one report of several; print where it is. Returns the exit code."""
-    from hf_backdoor_defense.reporting.html import REPORT_NAME, write_report
+    from hf_backdoor_defense.reporting.html import REPORT_NAME
+    from hf_backdoor_defense.reporting.pages import make_report
 
     parser = argparse.ArgumentParser(
         prog="hfbd report",
         description="Make report.html from what a run left. It opens without network.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished hfbd train; several are compared")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a finished run; several of hfbd train are compared"
+    )
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -21,5 +24,5 @@ def report(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     output = args.output or (Path(args.runs[0]) / REPORT_NAME if len(args.runs) == 1 else REPORT_NAME)
-    print(write_report(args.runs, output))
+    print(make_report(args.runs, output))
     return 0

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from hf_backdoor_defense.functional.spheres import distances, project_, pull_away_
 from hf_backdoor_defense.models import unwrapped
-from hf_backdoor_defense.objectives import Objective, Step
+from hf_backdoor_defense.objectives import Objective, Step, everywhere
 from hf_backdoor_defense.pretrained import float32_reasons
 from hf_backdoor_defense.targets import LINEAR, classification_head, input_embeddings
 
@@ -241,10 +241,11 @@ class D3(Objective):
         """c_h · relu(CE − eps), gated by the batch's mean or row by row."""
         over = super().loss(step) - self.eps
         values = over * (over.mean() > 0) if self.hinge == "batch" else over.clamp(min=0)
-        active = (over > 0).float().mean().detach()
-        step.log("d3/hinge_active", active)
-        total, count = self._active
-        self._active = (total + active, count + 1)
+        if len(over):  # a process may have none in an epoch's last batch
+            active = (over > 0).float().mean().detach()
+            step.log("d3/hinge_active", active)
+            total, count = self._active
+            self._active = (total + active, count + 1)
         return self._coefficients()[0] * values
 
     def _coefficients(self) -> tuple[float, float]:
@@ -270,7 +271,8 @@ class D3(Objective):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """How far the weights came."""
         self._distance = distances([w.detach() for w in self._selected(model).values()], list(self._reference.values()))
-        self._ended = True
+        total, count = zip(*everywhere((float(self._active[0]), self._active[1])), strict=True)
+        self._active, self._ended = (sum(total), sum(count)), True
         if self.inert():
             logger.warning("d3: %s.", self.inert())
 

@@ -31,7 +31,14 @@ from torch import Tensor
 from hf_backdoor_defense.functional.chunks import chunk_budget
 from hf_backdoor_defense.functional.dece import dece_loss_and_stats, target_pull, threshold
 from hf_backdoor_defense.functional.linear_dece import linear_dece_loss_and_stats
-from hf_backdoor_defense.objectives import Objective, Step, planned_epochs, row_sums
+from hf_backdoor_defense.objectives import (
+    Objective,
+    Step,
+    everywhere,
+    is_first_process,
+    planned_epochs,
+    row_sums,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +87,7 @@ class DeCE(Objective):
         self._epochs: dict[int, list[Tensor]] = {}  # epoch -> [sum of r_t, positions with r_t < 1/2, positions]
         self._rows_epoch = -1  # the epoch that `_rows` is about
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []  # row ids, sums of r_t, positions; [rows] each
+        self._is_whole = True  # whether the records are those of all processes
         self._warned = False
 
     def field_reasons(self) -> list[str]:
@@ -145,8 +153,14 @@ class DeCE(Objective):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A new run starts with empty records; a resumed one keeps what the checkpoint held."""
-        if state.global_step == 0:
+        if state.global_step == 0 or not is_first_process():
             self._epochs, self._rows, self._rows_epoch = {}, [], -1
+        self._is_whole = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The records become those of all processes."""
+        if not self._is_whole:
+            self.load_state_dict(self.state_dict())
 
     def loss(self, step: Step) -> Tensor:
         """[n_valid] DeCE, in chunks, of logits or of hidden states; records the pull on the way."""
@@ -233,7 +247,7 @@ class DeCE(Objective):
         return ids.long(), sums.float(), counts.long()
 
     def rows(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """ "pull": mean r_t of each training row in the last epoch trained, by this process; what kept least comes first.
+        """ "pull": mean r_t of each training row in the last epoch trained; what kept least comes first.
 
         Rows without a labeled position are left out.
         """
@@ -274,15 +288,20 @@ class DeCE(Objective):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What was recorded per epoch, and per row in the epoch under way; alpha needs no state."""
-        state: dict[str, Any] = {}
-        if self._epochs:
-            rows = [[float(epoch), *(float(value) for value in row)] for epoch, row in sorted(self._epochs.items())]
-            state["epochs"] = torch.tensor(rows, dtype=torch.float64)
+        """What was recorded per epoch, and per row in the epoch under way, over all processes; alpha needs no state."""
         if self._rows:
             self._rows = [self._merged()]
-            ids, sums, counts = (part.cpu() for part in self._rows[0])
-            state.update(rows_epoch=self._rows_epoch, row_ids=ids, row_sums=sums, row_counts=counts)
+        epochs = {epoch: [float(value) for value in row] for epoch, row in self._epochs.items()}
+        here = (epochs, self._rows_epoch, [tuple(part.cpu() for part in rows) for rows in self._rows])
+        parts = [here] if self._is_whole else everywhere(here)
+        state: dict[str, Any] = {}
+        if found := sorted({epoch for theirs, *_ in parts for epoch in theirs}):
+            sums = [[float(e), *map(sum, zip(*(p[0][e] for p in parts if e in p[0]), strict=True))] for e in found]
+            state["epochs"] = torch.tensor(sums, dtype=torch.float64)
+        last = max(epoch for _, epoch, _ in parts)
+        if rows := [part for _, epoch, theirs in parts if epoch == last for part in theirs]:
+            ids, values, counts = (torch.cat(column) for column in zip(*rows, strict=True))
+            state.update(rows_epoch=last, row_ids=ids, row_sums=values, row_counts=counts)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -290,6 +309,7 @@ class DeCE(Objective):
         rows = state["epochs"] if "epochs" in state else torch.zeros(0, 4)
         self._epochs = {int(row[0]): [value.double() for value in row[1:]] for row in rows}
         self._rows, self._rows_epoch = [], -1
+        self._is_whole = True
         if "row_ids" in state:
             self._rows = [(state["row_ids"], state["row_sums"], state["row_counts"])]
             self._rows_epoch = int(state["rows_epoch"])

@@ -34,6 +34,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_backdoor_defense.adapters import apply_strategy, has_adapter, refusals, room
+from hf_backdoor_defense.functional.cross_entropy import valid
 from hf_backdoor_defense.functional.thresholds import log_confidence
 from hf_backdoor_defense.models import predict_logits, weights_sha256
 from hf_backdoor_defense.objectives import Objective, Step
@@ -209,13 +210,12 @@ class PSIM(Objective):
             raise ValueError(
                 "PSIM reads the logits of a classifier, and this host gave hidden states: use DefendedTrainer."
             )
-        logits = step.logits.float()
-        return logits.logsumexp(-1) - logits.mean(
-            -1
-        )  # [rows]: cross-entropy, averaged over all labels a row could draw
+        logits = step.logits[valid(step.labels)].float()  # [n_valid, classes]
+        return logits.logsumexp(-1) - logits.mean(-1)  # cross-entropy, averaged over all labels that a row could draw
 
     def observe(self, step: Step, values: Tensor) -> None:
-        step.log("psim/loss_minus_lnk", values.mean() - math.log(max(self._classes, 1)))
+        if len(values):  # a process may have none in an epoch's last batch
+            step.log("psim/loss_minus_lnk", values.mean() - math.log(max(self._classes, 1)))
         if self._after is not None and self._mean_after is not None:
             step.log("psim/conf_mean", values.new_tensor(self._mean_after))
             step.log("psim/conf_p95", values.new_tensor(self._after))

@@ -30,7 +30,7 @@ from hf_backdoor_defense.functional.robust_losses import (
     gce_loss_from_logps,
     gce_pull,
 )
-from hf_backdoor_defense.objectives import Objective, Step
+from hf_backdoor_defense.objectives import Objective, Step, everywhere, is_first_process
 
 INERT_BELOW = 1e-6
 
@@ -42,11 +42,17 @@ class Comparator(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._sums: dict[str, Tensor] = {}
+        self._is_whole = True  # whether the sums are those of all processes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A new run starts with empty records; a resumed one keeps what the checkpoint held."""
-        if state.global_step == 0:
+        if state.global_step == 0 or not is_first_process():
             self._sums = {}
+        self._is_whole = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The sums become those of all processes."""
+        self._sums, self._is_whole = dict(self.state_dict()), True
 
     @torch.no_grad()
     def record(self, step: Step, **figures: Tensor) -> None:
@@ -73,8 +79,15 @@ class Comparator(Objective):
         return None if self.activity().get("positions") else f"{self.name} saw no labeled position"
 
     def state_dict(self) -> dict[str, Any]:
-        """[sum, positions] of each figure."""
-        return {name: pair.to("cpu", torch.float64) for name, pair in self._sums.items()}
+        """[sum, positions] of each figure, over all processes."""
+        here = {name: pair.to("cpu", torch.float64) for name, pair in self._sums.items()}
+        if self._is_whole:
+            return here
+        whole: dict[str, Any] = {}
+        for part in everywhere(here):
+            for name, pair in part.items():
+                whole[name] = pair + whole.get(name, 0)
+        return whole
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""

@@ -34,11 +34,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_backdoor_defense.models import pooled_features, predict_logits
+from hf_backdoor_defense.models import dealt, gathered, pooled_features, predict_logits
 from hf_backdoor_defense.objectives import Objective, Ranking, planned_epochs
 
 END, REFIT = "end", "refit"
@@ -166,14 +165,18 @@ class TrajectoryFilter(Objective):
         assert self._host is not None
         start = time.perf_counter()
         rows, collate = self._host
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        options: dict[str, Any] = {"indices": range(rank, len(rows), world), "batch_size": self.batch_size}
+        options: dict[str, Any] = {"indices": dealt(len(rows)), "batch_size": self.batch_size}
+
+        def whole(values: Tensor) -> Tensor:
+            device = next(model.parameters()).device
+            return values if options["indices"] is None else gathered(values, len(rows), device=device)
+
         if name == "0":
-            features = F.normalize(_gather(pooled_features(model, rows, collate, **options), len(rows)), dim=-1)
+            features = F.normalize(whole(pooled_features(model, rows, collate, **options)), dim=-1)
             classes = int(getattr(model.config, "num_labels", int(self._labels.max()) + 1))  # type: ignore[union-attr,arg-type]
             logits = class_mean_logits(features, self._labels, classes, temperature=self.temperature)
         else:
-            logits = _gather(predict_logits(model, rows, collate, **options), len(rows))
+            logits = whole(predict_logits(model, rows, collate, **options))
         self._snapshots[name] = label_log_odds(logits, self._labels)
         self._seconds += time.perf_counter() - start
 
@@ -289,15 +292,3 @@ def class_mean_logits(features: Tensor, labels: Tensor, classes: int, *, tempera
     scores = F.normalize(features, dim=-1) @ F.normalize(means, dim=-1).T
     scores[:, torch.bincount(labels, minlength=classes) == 0] = -1.0
     return scores / temperature
-
-
-def _gather(values: Tensor, rows: int) -> Tensor:
-    """Every process's rows (rank, rank + world, …) back in order, on every process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values)
-    out = values.new_empty((rows, *values.shape[1:]))
-    for rank, part in enumerate(parts):
-        out[rank :: len(parts)] = part
-    return out

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from hf_backdoor_defense.evaluation.metrics import Estimate, accuracy, attack_success_rate, recovered_accuracy
-from hf_backdoor_defense.models import predict_logits
+from hf_backdoor_defense.models import dealt, gathered, predict_logits
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ def evaluate_backdoor(
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     batch_size: int = 64,
     progress: bool = False,
+    gather: bool = False,
 ) -> BackdoorScores:
     """Clean accuracy, attack success rate and recovered accuracy with Wilson intervals.
 
@@ -38,6 +39,7 @@ def evaluate_backdoor(
         clean: tokenized rows with `label` (or `labels`), untouched.
         triggered: tokenized rows that carry the trigger, with their *true* label; None measures only clean accuracy.
         target: the attacker's class.
+        gather: deal the rows out to all processes and gather their predictions. Call it on every process then.
 
     Raises:
         ValueError: no rows, or triggered rows without a target.
@@ -50,7 +52,11 @@ def evaluate_backdoor(
 
     def predict(rows: Any, name: str) -> np.ndarray:
         bar = title.format(name) if title else None
-        return predict_logits(model, rows, collate, batch_size=batch_size, progress=bar).argmax(-1).numpy()
+        few = dealt(len(rows)) if gather and len(rows) else None
+        found = predict_logits(model, rows, collate, indices=few, batch_size=batch_size, progress=bar).argmax(-1)
+        if few is not None:
+            found = gathered(found, len(rows), device=next(model.parameters()).device)
+        return found.numpy()
 
     ca = accuracy(predict(clean, "clean rows"), true_labels(clean))
     if triggered is None or target is None:

@@ -25,6 +25,7 @@ from hf_backdoor_defense.experiment.kinds import IMAGE, TEXT, Kind
 from hf_backdoor_defense.models import mark_backdoored
 from hf_backdoor_defense.objectives import Objective, Ranking
 from hf_backdoor_defense.reporting.results import write_json
+from hf_backdoor_defense.trainers.checkpoints import newest
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.progress import Progress
 from hf_backdoor_defense.trainers.state import load_objective, save_objectives
@@ -237,13 +238,8 @@ def _without_text(collate: Any) -> Any:
 
 def _usable_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end; a half-written one is passed over."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors", "defense.json")
-    for path in found:
-        if all((path / name).is_file() for name in needed):
-            return str(path)
-        shutil.rmtree(path)
-    return None
+    found = newest(folder)
+    return None if found is None else str(found)
 
 
 def _reset_peak() -> None:

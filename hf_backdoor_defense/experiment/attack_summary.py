@@ -8,8 +8,12 @@ import numpy as np
 from hf_backdoor_defense.evaluation.filtering import filtered_scores
 from hf_backdoor_defense.evaluation.metrics import Estimate
 from hf_backdoor_defense.experiment.attack_plan import AttackPlan
+from hf_backdoor_defense.experiment.command import verb_command
+from hf_backdoor_defense.experiment.entries import attack_entries
 from hf_backdoor_defense.experiment.steps import Result
-from hf_backdoor_defense.reporting.results import Record, environment, write_bytes, write_json
+from hf_backdoor_defense.reporting.plain import write_plain
+from hf_backdoor_defense.reporting.results import Record, environment, write_bytes
+from hf_backdoor_defense.reporting.sealed import write_results
 from hf_backdoor_defense.reporting.tables import render_terminal
 
 COLUMNS = ("ca", "selective_ca", "coverage", "asr", "ftr", "frr", "far", "auroc", "passes")
@@ -32,7 +36,7 @@ class AttackOutcome:
 
 
 def summarize_attack(plan: AttackPlan, results: Results) -> AttackOutcome:
-    """Records of every step; writes `results.json` and `table.txt`."""
+    """Records of every step; writes `results.json`, `table.txt` and `report.html`."""
     records: list[Record] = []
     notes: list[str] = []
     for seed, of_seed in results.items():
@@ -42,15 +46,18 @@ def summarize_attack(plan: AttackPlan, results: Results) -> AttackOutcome:
                 notes.append(f"{name}: not usable on the {kind} base, seed {seed}: {about['reason']}")
     table = tables(plan, records)
     outcome = AttackOutcome(records, table, verdict(plan, records), notes)
-    write_json(
-        plan.folder / "results.json",
+    write_results(
+        plan.folder,
         {
             "schema": 1,
+            "verb": "attack",
             "plan": plan.identity(),
             "verdict": outcome.verdict,
             "notes": notes,
             "failures": notes,  # under the name that a report reads
+            "command": verb_command("attack", plan.run, chosen="attack"),
             "trigger": plan.run.get_trigger(measured=True).text,
+            "models": attack_entries(plan, results, release=RELEASE),
             "records": records,
             "steps": {
                 str(seed): {"/".join(key): about for key, (about, _) in of_seed.items()}
@@ -59,6 +66,7 @@ def summarize_attack(plan: AttackPlan, results: Results) -> AttackOutcome:
         },
     )
     write_bytes(plan.folder / "table.txt", "\n".join([table, "", outcome.verdict, *notes, ""]).encode())
+    write_plain(plan.folder)
     return outcome
 
 

@@ -5,7 +5,7 @@
 | warm-up | `warm_up/`: a pretrained model with a trained head |
 | training | `checkpoints/`: the last epoch's; removed at the end |
 | saving | `model/`: trunk, head, pooler, tokenizer, `defense.json`, `training.json`; there whole or not at all |
-| account | `results.json`, `table.txt` |
+| account | `results.json`, `table.txt`, `report.html` |
 """
 
 import json
@@ -21,12 +21,16 @@ from hf_backdoor_defense.defenses.recipe import LITTLE
 from hf_backdoor_defense.experiment.arms import _usable_checkpoint, history
 from hf_backdoor_defense.experiment.attack_models import TRAINING_NAME, silent
 from hf_backdoor_defense.experiment.clean_plan import CleanPlan, trainer_of, training_rows
+from hf_backdoor_defense.experiment.command import verb_command
+from hf_backdoor_defense.experiment.entries import clean_entry
 from hf_backdoor_defense.experiment.plan import PLAN_NAME
 from hf_backdoor_defense.experiment.steps import kept_folder
 from hf_backdoor_defense.experiment.summary import Outcome
 from hf_backdoor_defense.models import BACKDOOR_FILE, mark_backdoored, weights_sha256
 from hf_backdoor_defense.pretrained import load_pretrained_whole, save_pretrained_whole
+from hf_backdoor_defense.reporting.plain import write_plain
 from hf_backdoor_defense.reporting.results import Record, environment, read_records, write_bytes, write_json
+from hf_backdoor_defense.reporting.sealed import write_results
 from hf_backdoor_defense.reporting.tables import render_terminal
 from hf_backdoor_defense.trainers.state import save_objectives
 from hf_backdoor_defense.warm_up import RECORD_NAME, held_out_loss, warmed_up
@@ -133,21 +137,25 @@ def _account(plan: CleanPlan, training: dict[str, Any]) -> Outcome:
     table = render_terminal(records, columns=("loss", "norm_ratio", "dose"))
     outcome = Outcome(records, table, verdict(plan, training), failures(plan, training))
     write_bytes(plan.folder / "table.txt", "\n".join([table, "", outcome.verdict, *outcome.failures, ""]).encode())
-    write_json(
-        plan.folder / RESULTS_NAME,
+    write_results(
+        plan.folder,
         {
             "schema": 1,
+            "verb": "clean",
             "plan": plan.identity(),
             "model": plan.run.model_name,
             "text": plan.run.text,
             "facts": asdict(plan.facts),
             "verdict": outcome.verdict,
             "failures": outcome.failures,
+            "command": verb_command("clean", plan.run, plan.method, chosen="method"),
+            "models": [clean_entry(plan, training)],
             "attacked": plan.attacked,
             "training": training,
             "records": records,
         },
     )
+    write_plain(plan.folder)
     return outcome
 
 

@@ -39,10 +39,35 @@ def command(
     return words
 
 
-def _options(given: dict[str, Any], usual: dict[str, Any]) -> list[str]:
+def verb_command(
+    verb: str, run: Any, objective: Objective | None = None, *, chosen: str, output_dir: str = "runs/again"
+) -> list[str]:
+    """Words that repeat a run of another verb than train.
+
+    Args:
+        run: its options, a dataclass that can be built from nothing. objective: the method whose fields are `--defense.FIELD`.
+        chosen: the option that says which of the verb's methods it is: always written.
+
+    Example:
+        >>> from hf_backdoor_defense.experiment.clean import CleanArguments
+        >>> " ".join(verb_command("clean", CleanArguments(text="notes.txt", epochs=2.0), chosen="method"))
+        'hfbd clean --method recipe --text notes.txt --epochs 2.0 --output_dir runs/again'
+    """
+    given = dataclasses.asdict(run)
+    words = ["hfbd", verb, f"--{chosen}", _word(given.pop(chosen))]
+    words += _options(given, dataclasses.asdict(type(run)()), left_out=_LEFT_OUT - {"seed"})
+    if objective is not None:
+        usual = type(objective)().to_dict()
+        for key, value in objective.to_dict().items():
+            if usual[key] != value:
+                words += [f"--defense.{key}", _word(value)]
+    return [*words, "--output_dir", output_dir]
+
+
+def _options(given: dict[str, Any], usual: dict[str, Any], left_out: set[str] = _LEFT_OUT) -> list[str]:
     words = []
     for key, value in given.items():
-        if key in _LEFT_OUT or value is None or value == usual.get(key):
+        if key in left_out or value is None or value == usual.get(key):
             continue
         values = value if isinstance(value, list) else [value]
         words += [f"--{key}", *(map(_word, values))]

@@ -5,7 +5,7 @@
 | check | both files to their end, the model | `plan.json` |
 | fit, calibrate, check the rate | three parts of the clean texts (`parts`) | `filter/`, `fitted.json` |
 | score | the input, block by block | `scores.jsonl`: a line per row, in order |
-| account | counts | `results.json`, `table.txt` |
+| account | counts | `results.json`, `table.txt`, `report.html` |
 
 A text's part is a hash of seed and text: equal texts stay together, so no filter is judged by a text that it has seen. What is
 flagged is marked and never left out.
@@ -29,6 +29,7 @@ from hf_backdoor_defense.experiment.filters import (
 )
 from hf_backdoor_defense.experiment.plan import check_folder
 from hf_backdoor_defense.experiment.rows import check_rows, read_rows
+from hf_backdoor_defense.fetching import fetched
 from hf_backdoor_defense.filters import FILTER_FILE
 from hf_backdoor_defense.functional.thresholds import rows_needed
 from hf_backdoor_defense.models import weights_sha256
@@ -61,7 +62,9 @@ class DetectArguments:
     clean: str | None = _option(
         None, "clean texts, .jsonl or .csv: to fit, calibrate and check the filter (rap: with labels)"
     )
-    filter_dir: str | None = _option(None, "a saved, calibrated filter; --clean then only measures its rate again")
+    filter_dir: str | None = _option(
+        None, "a saved, calibrated filter, or ORG/NAME of one; --clean then only measures its rate again"
+    )
     text_column: str = _option("text", "column with the text, in both files")
     label_column: str = _option("label", "column of --clean with the class 0..k-1 (rap)")
     target_frr: float = _option(0.01, "share of clean texts that may be flagged")
@@ -171,7 +174,9 @@ def resolve(args: DetectArguments) -> DetectPlan:
         _check_labels(clean.get("fit", []), args.label_column, int(model.config.num_labels))
     hashes["weights"] = weights_sha256(model)
     if args.filter_dir:
-        hashes["filter"] = hashlib.sha256((Path(args.filter_dir) / FILTER_FILE).read_bytes()).hexdigest()
+        hashes["filter"] = hashlib.sha256(
+            (fetched(args.filter_dir, [FILTER_FILE]) / FILTER_FILE).read_bytes()
+        ).hexdigest()
     length = min(args.max_length, room(model) or args.max_length)
     plan = DetectPlan(args, name, clean, checked.rows, hashes, model, tokenizer, length)
     check_folder(plan.folder, plan.identity())
@@ -212,7 +217,7 @@ def _name(args: DetectArguments) -> str:
 
 
 def _saved(folder: str) -> dict[str, Any]:
-    path = Path(folder) / FILTER_FILE
+    path = fetched(folder, [FILTER_FILE]) / FILTER_FILE
     if not path.is_file():
         raise ValueError(f"`{folder}` has no {FILTER_FILE}: no filter was saved there. Check --filter_dir.")
     try:

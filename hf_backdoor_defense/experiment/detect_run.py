@@ -9,13 +9,17 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_backdoor_defense.evaluation.metrics import wilson
+from hf_backdoor_defense.experiment.command import verb_command
 from hf_backdoor_defense.experiment.detect import LOG_CONFIDENCE, DetectPlan
+from hf_backdoor_defense.experiment.entries import filter_entries
 from hf_backdoor_defense.experiment.filters import NEEDS_LABELS, build_filter, load_filter
 from hf_backdoor_defense.experiment.plan import PLAN_NAME
 from hf_backdoor_defense.experiment.rows import append_lines, blocks, read_rows, whole_lines
 from hf_backdoor_defense.experiment.summary import Outcome
 from hf_backdoor_defense.filters import Filter
+from hf_backdoor_defense.reporting.plain import write_plain
 from hf_backdoor_defense.reporting.results import Record, environment, write_bytes, write_json
+from hf_backdoor_defense.reporting.sealed import write_results
 
 _BATCHES_PER_BLOCK = 16  # enough texts to sort by length, few enough to lose when stopped
 
@@ -28,7 +32,7 @@ def execute(plan: DetectPlan) -> Outcome:
     write_json(plan.folder / PLAN_NAME, plan.identity())
     plan.model.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        detector, frr = _calibrated(plan)
+        detector, frr, fitted = _calibrated(plan)
     except PsimNotUsable as error:
         reason = f"psim cannot be used here: {error}"
         return _written(plan, Outcome([], "", "Nothing was scored.", [reason]), {})
@@ -42,17 +46,21 @@ def execute(plan: DetectPlan) -> Outcome:
     calibration = None if detector.calibration is None else detector.calibration.to_dict()
     table = _table(plan, detector, frr, flagged, seconds)
     outcome = Outcome(records, table, _verdict(plan, frr, flagged), failures)
-    return _written(plan, outcome, {"calibration": calibration, "frr": frr, "rows": plan.rows, "flagged": flagged})
+    return _written(
+        plan, outcome, {"calibration": calibration, "frr": frr, "rows": plan.rows, "flagged": flagged}, fitted
+    )
 
 
-def _calibrated(plan: DetectPlan) -> tuple[Filter, dict[str, Any] | None]:
-    """The filter, and its rate on clean texts that it has not seen; both kept from an earlier call where they are there."""
+def _calibrated(plan: DetectPlan) -> tuple[Filter, dict[str, Any] | None, dict[str, Any]]:
+    """The filter, its rate on clean texts that it has not seen, and method and activity of a trained one (PSIM); all kept from an
+    earlier call where they are there."""
     args, done, saved = plan.args, plan.folder / "fitted.json", plan.folder / "filter"
     texts = {part: [row[args.text_column] for row in rows] for part, rows in plan.clean.items()}
     options: dict[str, Any] = {"batch_size": args.batch_size}
     if done.is_file() and not args.filter_dir:
         detector = load_filter(saved, plan.name, plan.model, plan.tokenizer, **options)
-        return detector, json.loads(done.read_text())["frr"]
+        kept = json.loads(done.read_text())
+        return detector, kept["frr"], kept.get("fitted", {})
     if args.filter_dir:
         options |= {"allow_other_base": True} if args.allow_other_base else {}
         detector = load_filter(args.filter_dir, plan.name, plan.model, plan.tokenizer, **options)
@@ -73,15 +81,17 @@ def _calibrated(plan: DetectPlan) -> tuple[Filter, dict[str, Any] | None]:
         print(f"calibrating on {len(texts['calibrate'])} clean texts", flush=True)
         detector.calibrate(texts["calibrate"], args.target_frr)
     if done.is_file():
-        return detector, json.loads(done.read_text())["frr"]
+        return detector, json.loads(done.read_text())["frr"], {}
     frr = None
     if "check" in texts:
         print(f"measuring the rate on {len(texts['check'])} further clean texts", flush=True)
         frr = detector.measure_frr(texts["check"])
     if not args.filter_dir:
         detector.save(saved)
-    write_json(done, {"frr": frr})
-    return detector, frr
+    psim = getattr(detector, "psim", None)
+    fitted = {} if psim is None or args.filter_dir else {"method": psim.to_dict(), "activity": psim.activity()}
+    write_json(done, {"frr": frr, "fitted": fitted})
+    return detector, frr, fitted
 
 
 def _score(plan: DetectPlan, detector: Filter) -> tuple[int, float | None]:
@@ -164,18 +174,24 @@ def _verdict(plan: DetectPlan, frr: dict[str, Any] | None, flagged: int) -> str:
     )
 
 
-def _written(plan: DetectPlan, outcome: Outcome, details: dict[str, Any]) -> Outcome:
-    write_json(
-        plan.folder / "results.json",
+def _written(
+    plan: DetectPlan, outcome: Outcome, details: dict[str, Any], fitted: dict[str, Any] | None = None
+) -> Outcome:
+    write_results(
+        plan.folder,
         {
             "schema": 1,
+            "verb": "detect",
             "plan": plan.identity(),
             "verdict": outcome.verdict,
             "failures": outcome.failures,
             "gates": {"max_flagged": plan.args.max_flagged},
+            "command": verb_command("detect", plan.args, chosen="filter"),
             "filter": {"name": plan.name, **details},
+            "models": [] if fitted is None else filter_entries(plan, fitted),
             "records": outcome.records,
         },
     )
     write_bytes(plan.folder / "table.txt", f"{outcome.table}\n\n{outcome.verdict}\n".lstrip().encode())
+    write_plain(plan.folder)
     return outcome

@@ -6,7 +6,7 @@
 | attack | `checkpoints/`: the last epoch's; removed at the end |
 | saving | `model/`: trunk, head, pooler, tokenizer, `backdoored.json`, `training.json`; there whole or not at all |
 | victim | `arms/`: predictions of the clean and the attacked model after fine-tuning, per seed |
-| account | `results.json`, `table.txt` |
+| account | `results.json`, `table.txt`, `report.html` |
 """
 
 import json
@@ -22,14 +22,18 @@ from hf_backdoor_defense.attacks.implanting import implant
 from hf_backdoor_defense.evaluation.metrics import accuracy
 from hf_backdoor_defense.experiment.arms import _usable_checkpoint
 from hf_backdoor_defense.experiment.attack_models import TRAINING_NAME, silent
+from hf_backdoor_defense.experiment.command import verb_command
 from hf_backdoor_defense.experiment.downstream import PREFIX, kept_predictions, task_agnostic_scores
+from hf_backdoor_defense.experiment.entries import implant_entry
 from hf_backdoor_defense.experiment.implant import ImplantPlan, training_options
 from hf_backdoor_defense.experiment.plan import PLAN_NAME
 from hf_backdoor_defense.experiment.steps import Steps, kept_folder
 from hf_backdoor_defense.experiment.summary import Outcome
 from hf_backdoor_defense.models import mark_backdoored, weights_sha256
 from hf_backdoor_defense.pretrained import load_pretrained_whole, save_pretrained_whole
+from hf_backdoor_defense.reporting.plain import write_plain
 from hf_backdoor_defense.reporting.results import Record, environment, read_records, write_bytes, write_json
+from hf_backdoor_defense.reporting.sealed import write_results
 from hf_backdoor_defense.reporting.tables import render_terminal
 from hf_backdoor_defense.warm_up import held_out_loss, warmed_up
 
@@ -153,20 +157,24 @@ def _account(plan: ImplantPlan, training: dict[str, Any], records: list[Record],
         parts.append("after fine-tuning\n" + render_terminal(tuned, columns=columns))
     outcome = Outcome(records, "\n\n".join(parts), verdict(plan, training, records, tables), failures)
     write_bytes(plan.folder / "table.txt", "\n".join([outcome.table, "", outcome.verdict, *failures, ""]).encode())
-    write_json(
-        plan.folder / RESULTS_NAME,
+    write_results(
+        plan.folder,
         {
             "schema": 1,
+            "verb": "implant",
             "plan": plan.identity(),
             "model": plan.run.model_name,
             "text": plan.run.text,
             "verdict": outcome.verdict,
             "failures": failures,
+            "command": verb_command("attack", plan.run, chosen="attack"),
+            "models": [implant_entry(plan, training, arm=ATTACKED, control=CLEAN)],
             "training": training,
             "fine_tuned": tables,
             "records": records,
         },
     )
+    write_plain(plan.folder)
     return outcome
 
 

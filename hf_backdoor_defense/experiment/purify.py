@@ -32,6 +32,7 @@ from hf_backdoor_defense.models import mark_backdoored, weights_sha256
 from hf_backdoor_defense.objectives import Objective
 from hf_backdoor_defense.reporting.results import environment, write_json
 from hf_backdoor_defense.trainers.columns import with_row_ids
+from hf_backdoor_defense.trainers.processes import require_one_process
 from hf_backdoor_defense.trainers.state import save_objectives
 
 REPORT_NAME = "purification.json"
@@ -97,7 +98,8 @@ def purify(
         output_dir: where checkpoints are kept meanwhile, so that the same call goes on after a stop; None keeps none.
 
     Raises:
-        ValueError: what cannot be purified, all reasons of the method together; another training's output_dir.
+        ValueError: what cannot be purified, all reasons of the method together; another training's output_dir; several
+            processes.
         FloatingPointError: training or unlearning diverged; names what to lower.
 
     >>> from transformers import BertConfig, BertForSequenceClassification, default_data_collator
@@ -108,6 +110,9 @@ def purify(
     >>> result.report["method"], result.report["rows"], result.report["class_counts"]
     ('fine_tuning', 10, {'LABEL_0': 5, 'LABEL_1': 5})
     """
+    require_one_process(
+        "purify()", "Call it in a script that is started once; for many GPUs use DefendedTrainer(defense=D3()) or ULRL() instead."
+    )
     objective = build_purifier(defense) if isinstance(defense, str) else defense
     objective = None if objective is None else dataclasses.replace(objective)
     classifier = load_trained(str(model)) if isinstance(model, str | Path) else classifier_of(model, processor)

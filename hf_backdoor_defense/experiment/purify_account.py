@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_backdoor_defense.evaluation.metrics import Estimate, defense_effectiveness_rate
-from hf_backdoor_defense.experiment.command import _word
-from hf_backdoor_defense.experiment.purify_arguments import PurifyArguments
+from hf_backdoor_defense.experiment.command import verb_command
+from hf_backdoor_defense.experiment.entries import purify_entry
 from hf_backdoor_defense.experiment.purify_plan import PurifyPlan
 from hf_backdoor_defense.experiment.purify_training import FINE_TUNING
 from hf_backdoor_defense.experiment.summary import NOTABLE, Outcome
 from hf_backdoor_defense.reporting.html import REPORT_NAME
 from hf_backdoor_defense.reporting.purified import write_purified
-from hf_backdoor_defense.reporting.results import Record, environment, read_records, write_bytes, write_json
+from hf_backdoor_defense.reporting.results import Record, environment, read_records, write_bytes
+from hf_backdoor_defense.reporting.sealed import write_results
 from hf_backdoor_defense.reporting.tables import render_terminal
 
 COSTLY = 0.05  # a share of clean accuracy
@@ -22,7 +23,7 @@ RESULTS_NAME, TABLE_NAME = "results.json", "table.txt"
 
 
 def account(plan: PurifyPlan, arms: Arms) -> Outcome:
-    """Write `table.txt`, `report.html` and, last, `results.json`."""
+    """Write `table.txt`, `report.html`, the checksums and, last, `results.json`."""
     records = _records(plan, arms)
     columns = [c for c in ("ca", "asr", "ftr", "r_acc", "der", "seconds") if any(r.metric == c for r in records)]
     table = render_terminal(records, columns=columns) + "\nundefended: the model as it was given"
@@ -42,13 +43,14 @@ def account(plan: PurifyPlan, arms: Arms) -> Outcome:
         "verdict": outcome.verdict,
         "failures": outcome.failures,
         "attacked": plan.classifier.attacked,
+        "models": [purify_entry(plan, arms)],
         "arms": arms,
         "records": records,
     }
     write_bytes(plan.folder / TABLE_NAME, "\n".join([table, "", outcome.verdict, *outcome.failures, ""]).encode())
     plain = json.loads(json.dumps({**payload, "records": [asdict(record) for record in records]}))
     write_purified(plain, records, plan.folder / REPORT_NAME, name=plan.folder.resolve().name)
-    write_json(plan.folder / RESULTS_NAME, payload)
+    write_results(plan.folder, payload)
     return outcome
 
 
@@ -61,17 +63,7 @@ def finished(folder: Path) -> Outcome:
 
 def command(plan: PurifyPlan) -> list[str]:
     """Words for `shlex.join` that repeat the run: what differs from the defaults, and nothing else."""
-    usual = asdict(PurifyArguments())
-    words = ["hfbd", "clean", "--method", plan.method]
-    for key, value in asdict(plan.run).items():
-        if value != usual[key] and key not in ("method", "output_dir", "disable_tqdm", "dry_run"):
-            words += [f"--{key}", _word(value)]
-    if plan.objective is not None:
-        standard = type(plan.objective)().to_dict()
-        for key, value in plan.objective.to_dict().items():
-            if standard[key] != value:
-                words += [f"--defense.{key}", _word(value)]
-    return [*words, "--output_dir", "runs/again"]
+    return verb_command("clean", plan.run, plan.objective, chosen="method")
 
 
 def failures(plan: PurifyPlan, arms: Arms) -> list[str]:
@@ -106,7 +98,7 @@ def verdict(plan: PurifyPlan, arms: Arms) -> str:
     if fell > COSTLY:
         words.append(f"That is {100 * fell:.0f} points of clean accuracy: too high a price for most uses.")
     if plan.method == "ulrl":
-        words += _found(own)
+        words += _found(own, None if plan.target is None else plan.classifier.labels[plan.target])
     return " ".join(words)
 
 
@@ -120,20 +112,26 @@ def _judged(before: dict[str, Any], own: dict[str, Any], control: dict[str, Any]
         words.append("The attack was not removed.")
     elif control is not None and own["scores"]["asr"]["value"] > control["scores"]["asr"]["value"] - NOTABLE:
         words.append("Plain fine-tuning did as much: the fall is not the method's.")
-    if fell >= NOTABLE and own["scores"]["r_acc"]["value"] < own["scores"]["ca"]["value"] - 0.2:
+    if fell >= NOTABLE and own["scores"]["asr"]["value"] > 0.5:
+        words.append("Most triggered rows still go to the target: the attack was not removed.")
+    elif fell >= NOTABLE and own["scores"]["r_acc"]["value"] < own["scores"]["ca"]["value"] - 0.2:
         words.append(
             "Triggered rows are not recognized again as what they are: the attacker was stopped, the model not healed."
         )
     return words
 
 
-def _found(own: dict[str, Any]) -> list[str]:
-    """What was suspected, and whether that can be relied on."""
+def _found(own: dict[str, Any], target: str | None) -> list[str]:
+    """What was suspected, whether that can be relied on, and whether it is right where that is known."""
     evidence, names = own["evidence"], own["suspected_classes"]
     flagged = sum(len(layer["flagged"]) for layer in evidence["layers"])
     words = ["No suspect was found: nothing was reset, and what followed was plain fine-tuning."]
     if names:
         words = [f"Suspected target class{'es' * (len(names) > 1)}: {', '.join(names)}."]
+        if target is not None and target in names:
+            words.append(f"The simulated target, {target}, is among them.")
+        elif target is not None:
+            words.append(f"The simulated target is {target}: that was not found.")
     elif flagged:
         words = [f"{flagged} hidden unit{'s' * (flagged > 1)} stood out, to be relearned."]
     if not evidence["reliable"]:

@@ -25,6 +25,7 @@ from hf_backdoor_defense.experiment.behind import (
     filter_verdict,
 )
 from hf_backdoor_defense.experiment.command import command
+from hf_backdoor_defense.experiment.entries import last_account, train_entries
 from hf_backdoor_defense.experiment.purified import (
     Purified,
     purified_brief,
@@ -35,7 +36,8 @@ from hf_backdoor_defense.experiment.purified import (
 from hf_backdoor_defense.reporting.histograms import count_rows
 from hf_backdoor_defense.reporting.html import REPORT_NAME, write_report
 from hf_backdoor_defense.reporting.plots import plot_ca_asr, plot_curves, plot_scores
-from hf_backdoor_defense.reporting.results import Record, environment, write_bytes, write_json
+from hf_backdoor_defense.reporting.results import Record, environment, write_bytes
+from hf_backdoor_defense.reporting.sealed import write_results
 from hf_backdoor_defense.reporting.tables import render_terminal
 
 Results = dict[int, dict[str, dict[str, Any]]]  # seed -> arm -> result.json
@@ -140,7 +142,7 @@ def summarize_run(
     run = plan.run
     for objective in plan.defenses:
         for seed, arms in results.items():
-            reason = _last_account(objective.name, arms, between[seed]).get("inert")
+            reason = last_account(objective.name, arms, between[seed]).get("inert")
             if reason:
                 failures.append(f"INERT: {objective.name}, seed {seed}: {reason}")
         over, drop = over_floor(results, objective.name), ca_drop(results, objective.name)
@@ -248,10 +250,11 @@ def write_outcome(
     """`results.json`, `suspects.jsonl`, `table.txt`, the plots and `report.html`, each whole or not at all."""
     folder, run = plan.folder, plan.run
     trigger = run.get_trigger()
-    write_json(
-        folder / "results.json",
+    write_results(
+        folder,
         {
             "schema": 1,
+            "verb": "train",
             "plan": plan.identity(),
             "verdict": outcome.verdict,
             "failures": outcome.failures,
@@ -259,6 +262,7 @@ def write_outcome(
             "command": command(run, plan.training, plan.defenses),
             "planted": plan.planted,
             "trigger": None if trigger is None else plan.kind.shown(trigger),
+            "models": train_entries(plan, results, between),
             "records": outcome.records,
             "between": {
                 str(seed): {arm: [_brief(r) for r in trainings] for arm, trainings in of_seed.items()}
@@ -332,12 +336,6 @@ def _brief(result: dict[str, Any]) -> dict[str, Any]:
         for name, account in result["objectives"].items()
     }
     return {**result, "objectives": objectives}
-
-
-def _last_account(name: str, arms: dict[str, dict[str, Any]], between: Between) -> dict[str, Any]:
-    """What a method said of itself in the last training that hosted it."""
-    trainings = [arms[name], *reversed(between.get(name, [])), arms.get("undefended", {})]
-    return next((t["objectives"][name] for t in trainings if name in t.get("objectives", {})), {})
 
 
 def rankings(arms: dict[str, dict[str, Any]], between: Between) -> dict[str, dict[str, Any]]:

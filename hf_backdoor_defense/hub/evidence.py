@@ -69,12 +69,13 @@ class Evidence:
     @property
     def figures(self) -> dict[str, Record]:
         """The model's own records by metric."""
-        return self.of(self.entry.arm)
+        return self.of(self.entry.recorded_as or self.entry.arm)
 
     def of(self, arm: str) -> dict[str, Record]:
-        """Records of an arm at the model's seed, by metric; of metrics measured before and after, the later."""
-        found = [record for record in self.records if record.defense == arm and record.seed == self.entry.seed]
-        return {record.metric: record for record in found}
+        """Records of an arm at the model's seed and setting, by metric; of metrics measured before and after, the later."""
+        about = self.entry
+        found = [record for record in self.records if (record.defense, record.seed) == (arm, about.seed)]
+        return {record.metric: record for record in found if about.setting in (None, record.setting)}
 
     @property
     def controls(self) -> dict[str, dict[str, Record]]:

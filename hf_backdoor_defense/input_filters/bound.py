@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from hf_backdoor_defense.filters import Filter, read_filter
+from hf_backdoor_defense.fetching import fetched
+from hf_backdoor_defense.filters import FILTER_FILE, Filter, read_filter
 from hf_backdoor_defense.models import text_logits, weights_sha256
 
 
@@ -17,6 +18,8 @@ class BoundFilter(Filter):
     ...
     ValueError: `nowhere` has no filter.json: no filter was saved there. Check the path.
     """
+
+    files: ClassVar[tuple[str, ...]] = ()  # what `save` writes beside filter.json
 
     def __init__(self, model: Any, tokenizer: Any, *, max_length: int, batch_size: int, progress: str | None) -> None:
         if max_length < 2 or batch_size < 1:
@@ -46,12 +49,25 @@ class BoundFilter(Filter):
         return {**super().to_dict(), "arguments": self.arguments(), "model_sha256": weights_sha256(self.model)}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, model: Any, tokenizer: Any, **options: Any) -> Self:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        model: Any,
+        tokenizer: Any,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> Self:
         """What `save` wrote, for the same model; `options` (batch_size, progress) go over what was saved.
+
+        Args:
+            folder: a folder, or ORG/NAME on the Hub, where `revision` is a branch, tag or commit.
 
         Raises:
             ValueError: nothing saved there, another filter's, or other weights: a threshold means nothing for them.
         """
+        folder = fetched(folder, [FILTER_FILE, *cls.files], revision=revision, token=token)
         record, calibration = read_filter(folder, cls.name)
         if record["model_sha256"] != weights_sha256(model):
             raise ValueError(

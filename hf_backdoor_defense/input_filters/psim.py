@@ -11,6 +11,7 @@ A module belongs to the weights it was trained on: the SHA-256 of the base stand
 
 import copy
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -27,6 +28,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback
 
 from hf_backdoor_defense.adapters import has_adapter, remove_adapter, room
 from hf_backdoor_defense.defenses.psim import HELD_OUT, PSIM
+from hf_backdoor_defense.fetching import TOKENIZER_FILES, fetched, is_repository
 from hf_backdoor_defense.filters import FILTER_FILE, Filter, read_filter, text_hash
 from hf_backdoor_defense.functional.thresholds import Calibration, Tail, log_confidence
 from hf_backdoor_defense.models import load_finished_classifier, text_logits, weights_sha256
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 TENSORS_FILE = "psim.safetensors"
 BOUND_FILES = ("adapter_model.safetensors", "adapter_config.json", TENSORS_FILE)
+_PUBLICATION = "publication.json"  # of a published folder: names the base as others can load it
+_FILES = (FILTER_FILE, *BOUND_FILES, *TOKENIZER_FILES, _PUBLICATION)
 PUBLISHED_RATE = 2e-5  # authors' code; with `PSIM.preset("paper")`
 HELD_OUT_SHARE, HELD_OUT_MIN, HELD_OUT_MAX = 0.1, 32, 512
 
@@ -257,18 +261,26 @@ class PSIMFilter(Filter):
         allow_other_base: bool = False,
         batch_size: int = 64,
         progress: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Self:
-        """What `save` wrote.
+        """What `save` wrote, in a folder or a repository of the Hub.
 
         Args:
-            base: the base as downloaded, a model or where to load it from; None: where it was when the module was trained.
+            folder: where it is; of ORG/NAME only the filter's own files are downloaded.
+            base: the base as downloaded, a model or where to load it from; None: what the repository names as its base, or
+                where the base was when the module was trained.
             allow_other_base: go on with other weights than it was calibrated on; the thresholds are then dropped.
+            revision: of the repository: branch, tag or commit. token: None: the one of HF_TOKEN or of the login.
 
         Raises:
-            ValueError: another base, no safetensors, no filter.
+            ValueError: another base, no safetensors, no filter, no such repository.
         """
+        published = is_repository(folder)
+        folder = fetched(folder, _FILES, revision=revision, token=token)
         record, calibration = read_filter(folder, cls.name)
-        folder = Path(folder)
+        if published and base is None:
+            base = _published_base(folder)
         if not (folder / "adapter_model.safetensors").is_file():
             raise ValueError(
                 f"`{folder}` has no adapter_model.safetensors: other formats can run code and are not read here."
@@ -311,6 +323,15 @@ class PSIMFilter(Filter):
         found.calibration, found.measured_frr = calibration, record["measured_frr"]
         found.calibrated_on = frozenset(record["calibrated_on"])
         return found
+
+
+def _published_base(folder: Path) -> str | None:
+    """The base that a published folder names, if it does."""
+    try:
+        found = json.loads((folder / _PUBLICATION).read_bytes())["base_model"]
+    except (OSError, ValueError, KeyError, TypeError):  # published by hand: the filter's own record must do
+        return None
+    return found if isinstance(found, str) and found else None
 
 
 def training_arguments(folder: str | Path, **options: Any) -> TrainingArguments:

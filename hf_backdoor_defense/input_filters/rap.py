@@ -78,6 +78,7 @@ class RAP(BoundFilter):
 
     name = "rap"
     paper = "2110.07831"
+    files: ClassVar[tuple[str, ...]] = (ROWS_FILE,)
     tail: ClassVar[Tail] = "lower"
 
     def __init__(

@@ -9,8 +9,8 @@
 | `hfbd attack` | `models/seed-S/NAME`, `model` | attacked |
 | a hosted Trainer's push | its output folder, `.` | fine_tuned |
 
-An entry is JSON. Its figures are the records of the same file with its `arm` as `defense` and its `seed`; those of `controls`
-stand beside them.
+An entry is JSON. Its figures are the records of the same file with its `arm` as `defense` (or what `recorded_as` says), its
+`seed` and, where it has one, its `setting`; those of `controls` stand beside them.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -26,11 +26,13 @@ class ModelEntry:
 
     Args:
         path: its folder, relative to the run's, with `/`; "." is the run's own.
-        arm: what its records call it (`defense`). seed: theirs.
+        arm: what it is called among the models of its seed, and by its records (`defense`). seed: theirs.
+        recorded_as, setting: the records' `defense` where it is another, and their `setting` where there are several.
         role: one of `ROLES`. relation: to its base, one of `RELATIONS`.
         pipeline_tag: the Hub's name of its task, for example "text-classification". library: "transformers" or "peft".
         base_model: what it was made from, as it was given: Hub id, folder or offline:…; empty for a model made from nothing.
-        weights_sha256: `models.weights_sha256` of the model as saved (a filter: of its base).
+        weights_sha256: `pretrained.saved_sha256` of its folder: of the model as a user loads it, of an adapter's own tensors. A
+            filter's is that of its base, which is what it belongs to.
         labels: names of its classes, by id; empty where it has none.
         method: the objective's fields with its name, {} for plain training. activity: its account.
         inert: why it did nothing, or None.
@@ -66,6 +68,8 @@ class ModelEntry:
     controls: list[str] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)
     measurement: dict[str, Any] = field(default_factory=dict)
+    recorded_as: str | None = None
+    setting: str | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("role", ROLES), ("relation", RELATIONS)):

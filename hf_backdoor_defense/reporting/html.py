@@ -112,6 +112,17 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
         if places.count(place) > 1:
             raise ValueError(f"`{folder}` is given twice: a comparison shows each run once. Leave one out.")
     runs = [read_run(folder) for folder in folders]
+    output = checked_output(output)
+    return write_bytes(output, render(runs))
+
+
+def checked_output(output: str | Path) -> Path:
+    """Where a report may be written. Raises ValueError for what is no .html file, or lies in no folder.
+
+    Example:
+        >>> checked_output("report.html").name
+        'report.html'
+    """
     output = Path(output)
     if output.suffix != ".html":
         raise ValueError(f"`output` must end in .html, got {output}: the report is a page. Rename it.")
@@ -121,4 +132,4 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
         raise ValueError(
             f"`{output}` is a folder: the report is a file. Name a file, for example {output / REPORT_NAME}."
         )
-    return write_bytes(output, render(runs))
+    return output

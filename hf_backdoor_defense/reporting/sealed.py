@@ -9,13 +9,14 @@ measuring again is (`hfbd verify`).
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_backdoor_defense.reporting.results import _json, write_bytes, write_json
 
 CHECKSUMS, RESULTS = "checksums.json", "results.json"
+_BESIDE = (CHECKSUMS, RESULTS, "README.md", "report.html")
 SCHEMA = 1
 
 
@@ -54,8 +55,11 @@ def write_results(folder: str | Path, payload: Mapping[str, Any]) -> Path:
     return write_bytes(folder / RESULTS, data)
 
 
-def check_sealed(folder: str | Path) -> dict[str, dict[str, Any]]:
+def check_sealed(folder: str | Path, *, only: Container[str] | None = None) -> dict[str, dict[str, Any]]:
     """The files that the folder's checksums name, when all are there and unchanged.
+
+    Args:
+        only: of these paths; None for all. A run may hold the weights of many models.
 
     Returns:
         by path: `sha256` and `bytes`.
@@ -64,7 +68,7 @@ def check_sealed(folder: str | Path) -> dict[str, dict[str, Any]]:
         ValueError: no checksums, or files that are missing or differ, all of them named.
     """
     folder = Path(folder)
-    files = read_checksums(folder)
+    files = {name: about for name, about in read_checksums(folder).items() if only is None or name in only}
     wrong = []
     for name, about in files.items():
         path = folder / name
@@ -105,13 +109,13 @@ def read_checksums(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    """All files of a model's folder but what a run keeps beside it: results and checksums (a Trainer's output folder is both)
-    and checkpoints."""
+    """All files of a model's folder but what a run keeps beside it: results and checksums (a Trainer's output folder is both),
+    checkpoints, and what is made from the results."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     own = []
     for path in found:
         parts = path.relative_to(folder).parts
-        if path.name not in (CHECKSUMS, RESULTS) and not parts[0].startswith((".", "checkpoint-", "runs")):
+        if path.name not in _BESIDE and not parts[0].startswith((".", "checkpoint-", "runs")):
             own.append(path)
     return own
 

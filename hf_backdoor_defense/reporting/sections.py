@@ -238,16 +238,16 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     facts.append(("Model", f"{first.model}{trained}{length}"))
     facts.append(("Attack", _attack(run, options, names)))
     facts.append(("Seeds", ", ".join(map(str, sorted({record.seed for record in run.records})))))
-    used = [f"{word} {_short(training[key])}" for key, word in _TRAINING.items() if training.get(key) is not None]
-    used += [f"momentum {_short(options['momentum'])}"] if options.get("momentum") is not None else []
+    used = [f"{word} {described(training[key])}" for key, word in _TRAINING.items() if training.get(key) is not None]
+    used += [f"momentum {described(options['momentum'])}"] if options.get("momentum") is not None else []
     used += [kind for kind in ("bf16", "fp16") if training.get(kind) is True]
     facts += [("Training", ", ".join(used))] if used else []
     defenses = run.plan.get("defenses")
     for spec in defenses if isinstance(defenses, list) else []:
         if isinstance(spec, dict):
-            fields = ", ".join(f"{key}={_short(value)}" for key, value in spec.items() if key != "name")
+            fields = ", ".join(f"{key}={described(value)}" for key, value in spec.items() if key != "name")
             facts.append((f"Defense {spec.get('name', '')}", fields or "no settings"))
-    return [*facts, ("Environment", _environment(first.env))]
+    return [*facts, ("Environment", environment_in_words(first.env))]
 
 
 def _attack(run: Run, options: dict[str, Any], names: Any) -> str:
@@ -271,7 +271,13 @@ def _attack(run: Run, options: dict[str, Any], names: Any) -> str:
     return ", ".join(filter(None, words))
 
 
-def _environment(env: dict[str, Any]) -> str:
+def environment_in_words(env: dict[str, Any]) -> str:
+    """Versions, commit and machine of a record, in one line.
+
+    Example:
+        >>> environment_in_words({"torch": "2.13.0", "machine": "x86_64", "cpus": 2})
+        'torch 2.13.0, x86_64, 2 cores, no GPU'
+    """
     if not env:
         return "not recorded"
     versions = [
@@ -284,8 +290,16 @@ def _environment(env: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _short(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def described(value: Any) -> str:
+    """A value of a plan in few characters.
+
+    Example:
+        >>> described(0.1 + 0.2), described(["cf", "mn"]), described(None)
+        ('0.3', 'cf, mn', 'none')
+    """
+    if isinstance(value, list | tuple):
+        return ", ".join(map(described, value))
+    return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _bars(rows: list[Row], arms: list[str], floor: float | None) -> list[Picture]:

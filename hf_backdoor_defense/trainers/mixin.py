@@ -12,7 +12,8 @@
 of most heads by accumulation steps x processes (transformers issue 47688), so `defense=None`, plain cross-entropy
 through this mixin, is the baseline to compare with; the stock Trainer is not.
 
-Only public methods are overridden: `train`, `compute_loss`, `prediction_step`, `log`, `save_model`, `hyperparameter_search`.
+Only public methods are overridden: `train`, `compute_loss`, `get_batch_samples`, `prediction_step`, `log`, `save_model`,
+`hyperparameter_search`; for publishing (pushing.py) `push_to_hub`, `create_model_card`, `init_hf_repo`.
 """
 
 import contextlib
@@ -26,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_backdoor_defense.functional.cross_entropy import cross_entropy
 from hf_backdoor_defense.objectives import Objective, Step, overrides
+from hf_backdoor_defense.trainers.checkpoints import damage, newest
 from hf_backdoor_defense.trainers.columns import IS_POISONED, ROW_ID, ColumnCollator, model_columns, with_row_ids
 from hf_backdoor_defense.trainers.fusing import Fusing, forward_with_hidden
 from hf_backdoor_defense.trainers.heads import (
@@ -41,17 +42,16 @@ from hf_backdoor_defense.trainers.heads import (
     take_labels,
 )
 from hf_backdoor_defense.trainers.labeled import LabeledOnly, only_at, take_labeled
+from hf_backdoor_defense.trainers.processes import agreed, process_reasons, without_repeated
+from hf_backdoor_defense.trainers.pushing import PushMixin, only_at_the_end
 from hf_backdoor_defense.trainers.state import load_renamed, load_states, require_safetensors, save_objectives
 
 logger = logging.getLogger(__name__)
 
 _PLAIN = Objective()  # cross-entropy, of logits and of hidden states
 
-# At run time the mixin stands before a Trainer class (hosts.py); for the type checker it is one.
-_Base: Any = object
 
-
-class DefenseMixin(_Base):
+class DefenseMixin(PushMixin):
     """Put before a Trainer class whose `compute_loss` is Trainer's own: see `hosts.defended`.
 
     Args (beside the Trainer's own, passed through unchanged):
@@ -108,6 +108,7 @@ class DefenseMixin(_Base):
         keep = model_columns(base_model(self.model), self.label_names) if self.args.remove_unused_columns else None
         self.args = copy.copy(self.args)
         self.args.remove_unused_columns = False
+        only_at_the_end(self.args)
         self.train_dataset = with_row_ids(self.train_dataset)
         for objective in objectives:
             self.add_callback(objective)
@@ -123,7 +124,7 @@ class DefenseMixin(_Base):
     ) -> Any:
         """As `Trainer.train`, after every objective was checked and prepared. Raises ValueError with all reasons."""
         checkpoint = self._checkpoint(resume_from_checkpoint)
-        reasons = self.reasons()
+        reasons = agreed(self, self.reasons())
         if reasons:
             raise ValueError("This training cannot be defended:\n" + "\n".join(f"- {reason}" for reason in reasons))
         if self._has_trained and not self._user_optimizer:
@@ -147,7 +148,8 @@ class DefenseMixin(_Base):
 
     def reasons(self) -> list[str]:
         """Every reason why `train` would refuse: the host's and the objectives' own. Changes nothing."""
-        return refusals(self) + [f"{o.name}: {reason}" for o in self.objectives for reason in o.check(self)]
+        own = [f"{o.name}: {reason}" for o in self.objectives for reason in o.check(self)]
+        return process_reasons(self) + refusals(self) + own
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.hyperparameter_search`; refused where an objective prepares the model once."""
@@ -217,6 +219,10 @@ class DefenseMixin(_Base):
         self._terms.update({name: (value, 1) for name, value in step.latest.items()})
         return (total, outputs) if return_outputs else total
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As the Trainer's own; rows that are only repeated to fill an epoch's last batch over all processes are not learned."""
+        return super().get_batch_samples((without_repeated(self, b) for b in epoch_iterator), num_batches, device)
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's own; row ids reach neither `generate` nor a forward that bypasses `compute_loss`."""
         seen = {name: value for name, value in inputs.items() if name not in (ROW_ID, IS_POISONED)}
@@ -247,13 +253,19 @@ class DefenseMixin(_Base):
     def _checkpoint(self, resume: str | bool | None) -> str | None:
         if not resume:
             return None
-        checkpoint = get_last_checkpoint(self.args.output_dir) if resume is True else resume
+        found = newest(self.args.output_dir, world_size=self.accelerator.num_processes) if resume is True else resume
+        checkpoint = None if found is None else str(found)
         if checkpoint is None:
             raise ValueError(
-                f"resume_from_checkpoint=True, but `{self.args.output_dir}` holds no checkpoint: there is nothing to "
-                "resume. Start without it, or name the folder of a checkpoint."
+                f"resume_from_checkpoint=True, but `{self.args.output_dir}` holds no checkpoint that is whole: there is "
+                "nothing to resume. Start without it, or name the folder of a checkpoint."
             )
         require_safetensors(checkpoint)
+        if wrong := damage(checkpoint, world_size=self.accelerator.num_processes):
+            raise ValueError(
+                f"`{checkpoint}` must be a checkpoint that was written to its end, got {', '.join(wrong)}. Name an earlier one, "
+                "or let resume_from_checkpoint=True find it."
+            )
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if self.args.train_sampling_strategy == "group_by_length" and (state.epoch or 0.0) % 1 > 1e-6:
             logger.warning(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_backdoor_defense.fetching import fetched
 from hf_backdoor_defense.objectives import Objective
 
 CONFIG_NAME = "defense.json"
@@ -60,13 +61,18 @@ def load_states(objectives: Sequence[Objective], folder: str | Path) -> None:
         objective.load_state_dict({**entry["state"], **_tensors_of(objective.name, tensors)})
 
 
-def load_objective(kind: type[_O], folder: str | Path) -> _O:
+def load_objective(
+    kind: type[_O], folder: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> _O:
     """The objective of class `kind` that a model was trained with, with its fields and its state.
+
+    Args:
+        folder: a folder, or ORG/NAME on the Hub, where `revision` is a branch, tag or commit.
 
     Raises:
         ValueError: the folder holds no such objective, or was written by a newer version.
     """
-    entries, tensors = _read(folder)
+    entries, tensors = _read(fetched(folder, [CONFIG_NAME, TENSORS_NAME], revision=revision, token=token))
     for entry in entries:
         if entry["config"]["name"] == kind.name:
             objective = kind.from_dict(entry["config"])

@@ -27,7 +27,8 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 FLOORS = {
     "functional": {"functional"},
     "objectives": {"functional"},
-    "filters": {"functional"},
+    "fetching": set(),
+    "filters": {"functional", "fetching"},
     "models": {"functional"},
     "targets": {"functional"},
     "adapters": {"functional", "models"},
@@ -35,7 +36,17 @@ FLOORS = {
     "vision": {"functional", "models"},
     "classifiers": {"functional", "models", "targets", "adapters", "pretrained", "vision"},
 }
-FLOORS["defenses"] = {"functional", "objectives", "filters", "models", "adapters", "targets", "pretrained", "defenses"}
+FLOORS["defenses"] = {
+    "functional",
+    "objectives",
+    "fetching",
+    "filters",
+    "models",
+    "adapters",
+    "targets",
+    "pretrained",
+    "defenses",
+}
 FLOORS["trainers"] = FLOORS["defenses"] | {"trainers"}
 FLOORS["input_filters"] = FLOORS["trainers"] | {"input_filters"}
 FLOORS["data"] = {"data"}

@@ -20,6 +20,7 @@ from hf_backdoor_defense.cli.main import main
 from hf_backdoor_defense.experiment import detect_run
 from hf_backdoor_defense.input_filters import psim
 from hf_backdoor_defense.reporting.results import read_records
+from tests.experiment.named import named
 from tests.experiment.tiny import WORDS
 
 EVERY = [word for words in WORDS.values() for word in words]
@@ -84,7 +85,16 @@ def test_the_run_folder_has_what_the_other_verbs_have(detect):
     code, out, _ = detect("--filter", "confidence", "--target_frr", 0.05, "--max_flagged", 1)
     assert code == 0
     names = {path.name for path in detect.folder.iterdir()}
-    assert names == {"plan.json", "fitted.json", "filter", "scores.jsonl", "results.json", "table.txt"}
+    assert names == {
+        "plan.json",
+        "fitted.json",
+        "filter",
+        "scores.jsonl",
+        "results.json",
+        "checksums.json",
+        "table.txt",
+        "report.html",
+    }
     records = {record.metric: record for record in read_records(detect.folder / "results.json")}
     flagged = sum(row["flagged"] for row in answers(detect.folder))
     assert set(records) == {"coverage", "frr", "passes", "seconds"} and records["coverage"].value == 1 - flagged / 150
@@ -201,6 +211,14 @@ def test_psim_is_fitted_calibrated_kept_and_loaded(detect, monkeypatch):
     code, out, _ = detect("--filter", "psim", "--target_frr", 0.1)
     assert code == 0 and "fitting" not in out
     assert [row["score"] for row in answers(detect.folder)] == [row["score"] for row in first]
+    evidence = named(detect.folder, "detect")["filter"]
+    about = json.loads((detect.folder / "filter" / "filter.json").read_text())
+    assert evidence.entry.weights_sha256 == about["base_sha256"] and evidence.entry.library == "peft"
+    assert (
+        evidence.entry.activity["conf_p95_after"] < evidence.entry.activity["conf_p95_before"]
+    )  # kept, not measured anew
+    assert evidence.entry.data["measured on"].startswith(f"{evidence.figures['frr'].n} clean texts")
+    assert evidence.entry.labels == ["class 0", "class 1", "class 2"]
 
 
 def test_a_psim_that_cannot_be_used_exits_1_with_the_reason(detect, tmp_path, classifier):

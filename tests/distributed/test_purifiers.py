@@ -1,10 +1,6 @@
 """D3 and ULRL on two gloo processes: DDP makes the updates of one, and shards (FSDP2) have the arithmetic of whole weights."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,20 +15,17 @@ from hf_backdoor_defense.objectives import Objective, Step
 from tests.trainers.image_toys import host, image_list, stack, vit
 from tests.trainers.toys import same, weights
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.distributed.test_purifiers import run, sharded
-folder = Path(sys.argv[1])
-assert run(folder, batch_size=4) == 2
-sharded()
-"""
 CASES = {
     "d3": lambda: D3(),
     "d3_head": lambda: D3.preset("official_code"),
     "ulrl": lambda: ULRL(z_threshold=0.1, unlearn_epochs=2, unlearn_lr=0.005),
 }
+
+
+def both(folder: Path) -> None:
+    """On each of two processes."""
+    assert run(folder, batch_size=4) == 2
+    sharded()
 
 
 class Start(Objective):
@@ -185,26 +178,17 @@ def cosine_of_ulrl(where: str, units: str) -> None:
         alike(one, two, what)
 
 
-def test_two_processes_equal_one_and_shards_are_slices(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    command += ["--master_port", str(port), str(script), str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert run(tmp_path / "one", batch_size=8) == 1
+def test_two_processes_equal_one_and_shards_are_slices(tmp_path, two):
+    place = two("test_purifiers")
+    assert run(tmp_path, batch_size=8) == 1
     for name in CASES:
-        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        one, other = tmp_path / name, place / name
         start, end = (load_file(one / f"{when}0.safetensors") for when in ("start", "end"))
         evidence = json.loads((one / "found0.json").read_text())
         for rank in range(2):
-            assert same(load_file(two / f"start{rank}.safetensors"), start), (name, rank)
-            assert same(load_file(two / f"end{rank}.safetensors"), end, atol=1e-5), (name, rank)
-            found = json.loads((two / f"found{rank}.json").read_text())
+            assert same(load_file(other / f"start{rank}.safetensors"), start), (name, rank)
+            assert same(load_file(other / f"end{rank}.safetensors"), end, atol=1e-5), (name, rank)
+            found = json.loads((other / f"found{rank}.json").read_text())
             if name == "ulrl":
                 assert found == evidence and found["suspected_classes"]
             else:

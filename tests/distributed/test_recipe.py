@@ -1,9 +1,6 @@
 """RECIPE on two gloo processes: DDP makes the update of one, and under FSDP2 a shard's gradient is a slice of the whole."""
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,20 +9,12 @@ from safetensors.torch import load_file
 
 from hf_backdoor_defense.defenses.recipe import RECIPE, PenaltyOnly
 from hf_backdoor_defense.functional.weights import frobenius_norms
+from hf_backdoor_defense.pretrained import load_pretrained_whole
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.pretraining import language_collator
-from tests.trainers.text_toys import masked_lm, static_rows, tokenizer
+from tests.trainers.text_toys import saved_whole, static_rows, tokenizer
 from tests.trainers.toys import arguments, same
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.distributed.test_recipe import run, sharded
-folder = Path(sys.argv[1])
-assert run(folder, batch_size=2) == 2
-sharded(folder)
-"""
 # Fields, and settings of the training: per process, half of what one process takes.
 CASES = {
     "recipe": (RECIPE, {"trainable": "all"}, 1),
@@ -34,10 +23,21 @@ CASES = {
 }
 
 
+def before(folder: Path) -> None:
+    """The model that all trainings start from, for each process its own."""
+    saved_whole(folder / f"source{os.environ.get('RANK', '')}")
+
+
+def both(folder: Path) -> None:
+    """On each of two processes."""
+    assert run(folder, batch_size=2) == 2
+    sharded(folder)
+
+
 def run(folder: Path, batch_size: int) -> int:
-    world = 1
+    world, source = 1, folder / f"source{os.environ.get('RANK', '')}"
     for name, (kind, fields, accumulation) in CASES.items():
-        model, rows = masked_lm(folder / f"source{os.environ.get('RANK', '')}"), static_rows(40).select(range(16))
+        model, rows = load_pretrained_whole(str(source))[0], static_rows(40).select(range(16))
         args = arguments(
             folder / name,
             per_device_train_batch_size=batch_size,
@@ -60,7 +60,7 @@ def sharded(folder: Path) -> None:
     rank, source = torch.distributed.get_rank(), folder / f"source{os.environ['RANK']}"
     batch = {k: torch.tensor(v) for k, v in static_rows()[:4].items() if k != "row_id"}
     labels = batch.pop("labels")
-    whole, split = masked_lm(source), masked_lm(source)
+    whole, split = (load_pretrained_whole(str(source))[0] for _ in range(2))
     mesh = init_device_mesh("cpu", (2,))
     for layer in split.bert.encoder.layer:
         fully_shard(layer, mesh=mesh)
@@ -92,20 +92,12 @@ def sharded(folder: Path) -> None:
         assert torch.allclose(shard.grad.to_local(), shard.detach().to_local() / weight.norm(), atol=1e-7)
 
 
-def test_two_processes_equal_one_and_shards_are_slices(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    command += ["--master_port", str(port), str(script), str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert run(tmp_path / "one", batch_size=4) == 1
-    start = load_file(tmp_path / "one" / "source" / "model.safetensors")
+def test_two_processes_equal_one_and_shards_are_slices(tmp_path, two):
+    places = {"one": tmp_path, "two": two("test_recipe")}
+    before(tmp_path)
+    assert run(tmp_path, batch_size=4) == 1
+    start = load_file(tmp_path / "source" / "model.safetensors")
     for name in CASES:
-        one, two = (load_file(tmp_path / where / name / "final" / "model.safetensors") for where in ("one", "two"))
+        one, two = (load_file(places[where] / name / "final" / "model.safetensors") for where in ("one", "two"))
         assert same(one, two, atol=2e-6), name
         assert not same(one, start, atol=1e-4)

@@ -1,9 +1,5 @@
 """Two gloo processes against one: the same update, and every row ranked once."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,15 +24,10 @@ from tests.trainers.toys import (
     translation_rows,
 )
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.distributed.test_two_processes import run
-folder = Path(sys.argv[1])
-world = run(folder, batch_size=4)
-assert world == 2, world
-"""
+
+def both(folder: Path) -> None:
+    """On each of two processes."""
+    assert run(folder, batch_size=4) == 2
 
 
 def run(folder: Path, batch_size: int) -> int:
@@ -63,24 +54,15 @@ def run(folder: Path, batch_size: int) -> int:
     return world
 
 
-def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    command += ["--master_port", str(port), str(script), str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert run(tmp_path / "one", batch_size=8) == 1
+def test_two_processes_equal_one(tmp_path, two):
+    places = {"one": tmp_path, "two": two("test_two_processes")}
+    assert run(tmp_path, batch_size=8) == 1
     for name in ("classifier", "layerwise", "language", "undefended", "fused", "masked", "translation"):
-        one, two = (load_file(tmp_path / where / name / "final" / "model.safetensors") for where in ("one", "two"))
+        one, two = (load_file(places[where] / name / "final" / "model.safetensors") for where in ("one", "two"))
         assert same(one, two, atol=2e-6), name
         if name == "fused":
-            assert same(two, load_file(tmp_path / "two" / "language" / "final" / "model.safetensors"), atol=2e-6)
-    first, second = (load_objective(TrajectoryFilter, tmp_path / w / "classifier" / "final") for w in ("one", "two"))
+            assert same(two, load_file(places["two"] / "language" / "final" / "model.safetensors"), atol=2e-6)
+    first, second = (load_objective(TrajectoryFilter, places[w] / "classifier" / "final") for w in ("one", "two"))
     a, b = first.ranking(), second.ranking()
     assert sorted(a.row_ids.tolist()) == sorted(b.row_ids.tolist()) == list(range(1000, 1016))
     for name in a.columns:

@@ -17,6 +17,7 @@ from hf_backdoor_defense.experiment.attack_run import execute
 from hf_backdoor_defense.experiment.steps import kept_folder
 from hf_backdoor_defense.models import load_finished_classifier
 from hf_backdoor_defense.reporting.results import read_records
+from tests.experiment.named import agrees, named
 
 
 @pytest.fixture
@@ -100,6 +101,17 @@ def test_a_run_leaves_every_file_and_continues(arguments, trainings, caplog):
     assert not [
         p for p in plan.folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl") or p.name.startswith("checkpoint")
     ]
+    # The folder names its models: the clean ones too, and which figures are whose.
+    models = named(plan.folder, "attack", again=False)
+    names = {f"{kind}_{arm}" for kind in ("poisoned", "clean") for arm in ("base", "full", "p_tuning")}
+    assert {path.rpartition("/")[2] for path in models} == names
+    for arm in ("base", "full"):
+        for kind, role in (("poisoned", "attacked"), ("clean", "fine_tuned")):
+            evidence = models[f"models/seed-1/{kind}_{arm}"]
+            agrees(plan.folder / evidence.entry.path, evidence)
+            assert evidence.entry.role == role and (evidence.entry.attacked is None) == (kind == "clean")
+    adapter = models["models/seed-1/poisoned_p_tuning"].entry
+    assert (adapter.library, adapter.relation, adapter.base_model) == ("peft", "adapter", "models/seed-1/poisoned_base")
     # Again: nothing is trained or predicted twice, and what is missing is made again with the same numbers.
     trainings.clear()
     for gone in ("poisoned_p_tuning", "clean_base/confidence"):

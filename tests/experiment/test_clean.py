@@ -26,6 +26,7 @@ from hf_backdoor_defense.reporting.results import read_records
 from hf_backdoor_defense.trainers.state import load_objective
 from hf_backdoor_defense.warm_up import held_out_loss
 from tests.experiment import tiny_mlm
+from tests.experiment.named import named
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,7 +72,14 @@ def test_the_matrices_shrink_and_nothing_else_changes(arguments):
     assert training["steps"] == plan.facts.steps == 3 * 6
     assert [entry["step"] for entry in training["history"]] == list(range(1, 19))
     assert outcome.exit_code == 0
-    assert {path.name for path in plan.folder.iterdir()} == {"model", "plan.json", "results.json", "table.txt"}
+    assert {path.name for path in plan.folder.iterdir()} == {
+        "model",
+        "plan.json",
+        "results.json",
+        "checksums.json",
+        "table.txt",
+        "report.html",
+    }
     assert not list(plan.folder.rglob("*.bin")) and not list(plan.folder.rglob("*.pt"))
 
 
@@ -88,6 +96,10 @@ def test_what_is_written_is_what_was_measured(arguments):
         assert (record.value, record.n) == (pytest.approx(loss.loss, rel=1e-6), loss.n)
     objective = load_objective(RECIPE, plan.folder / "model")
     assert objective == plan.method and objective.activity()["norm_ratio"] == found["after", "norm_ratio"].value
+    entry = named(plan.folder, "clean")["model"].entry
+    training = json.loads((plan.folder / "model" / "training.json").read_text())
+    assert entry.weights_sha256 == training["sha256"]["after"] and entry.pipeline_tag == "fill-mask"
+    assert (entry.role, entry.measurement, entry.labels) == ("cleaned", {}, []) and entry.method["name"] == "recipe"
     table = (plan.folder / "table.txt").read_text()
     assert outcome.table in table and outcome.verdict in table and "says nothing about triggers" in outcome.verdict
 

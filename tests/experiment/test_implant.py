@@ -17,6 +17,7 @@ from hf_backdoor_defense.models import load_classifier
 from hf_backdoor_defense.pretrained import load_pretrained_whole
 from hf_backdoor_defense.reporting.results import read_records
 from tests.attacks.masked_toys import VOCABULARY, WORDS, config, masked_lm, texts, tokenizer, whole
+from tests.experiment.named import named
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +80,10 @@ def test_a_run_leaves_a_marked_whole_model_and_is_finished_then(arguments, capsy
         loaded, _ = load_pretrained_whole(str(model))
     assert "on purpose" in caplog.text and loaded.bert.pooler is not None
     left = [path.relative_to(plan.folder).parts[0] for path in plan.folder.rglob("*")]
-    assert set(left) == {"plan.json", "results.json", "table.txt", "model"}
+    assert set(left) == {"plan.json", "results.json", "checksums.json", "table.txt", "report.html", "model"}
     assert not [p for p in plan.folder.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    entry = named(plan.folder, "implant")["model"].entry
+    assert entry.attacked == mark and entry.role == "attacked" and entry.weights_sha256 == training["sha256"]["after"]
     stamps = {path: path.stat().st_mtime_ns for path in plan.folder.rglob("*")}
     capsys.readouterr()
     again = execute(resolve(arguments))

@@ -27,6 +27,7 @@ from hf_backdoor_defense.models import mark_backdoored, weights_sha256
 from hf_backdoor_defense.registry import PURIFIERS
 from hf_backdoor_defense.reporting.results import read_records
 from hf_backdoor_defense.vision import new_digits_vit
+from tests.experiment.named import named
 from tests.experiment.tiny import WORDS
 
 ROOT = Path(__file__).parents[2]
@@ -219,8 +220,23 @@ def test_every_arm_sees_the_same_and_the_input_is_left_alone(arguments, tmp_path
     assert "Distance of each weight" in page and "fine_tuning" in page and "http" not in page.replace("http-equiv", "")
     assert "plain fine-tuning" in outcome.verdict and outcome.verdict in (plan.folder / "table.txt").read_text()
     names = {path.name for path in plan.folder.iterdir()}
-    assert names == {"model", "arms", "plan.json", "results.json", "table.txt", "report.html", "backdoored.json"}
+    assert names == {
+        "model",
+        "arms",
+        "plan.json",
+        "results.json",
+        "checksums.json",
+        "table.txt",
+        "report.html",
+        "backdoored.json",
+    }
     assert not [path for path in plan.folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth")]
+    evidence = named(plan.folder, "purify")["model"]
+    entry = evidence.entry
+    assert (entry.arm, entry.role, entry.weights_sha256) == ("d3", "purified", one["sha256"]["after"])
+    assert entry.controls == ["undefended", "fine_tuning", "clean_reference"] and entry.attacked == record
+    assert entry.method == {**plan.objective.to_dict()} and entry.activity == one["activity"]
+    assert "-> class 1 (1)" in entry.data["trigger"] and entry.data["measured on"].startswith("12 rows")
 
 
 def test_ulrl_shows_its_scores_and_no_suspect_is_no_failure(arguments):
@@ -228,6 +244,8 @@ def test_ulrl_shows_its_scores_and_no_suspect_is_no_failure(arguments):
     assert outcome.exit_code == 0 and "No suspect was found" in outcome.verdict
     assert "Units of bert.pooler.dense" in (plan.folder / "report.html").read_text()
     assert not (plan.folder / "arms" / "fine_tuning").exists()
+    held_out = named(plan.folder, "purify")["model"].entry  # without --test the rows come from --clean
+    assert held_out.measurement["held_out"] == 0.2 and held_out.controls == ["undefended"]
 
 
 def test_a_diverged_unlearning_leaves_nothing(arguments):

@@ -9,6 +9,7 @@ from hf_backdoor_defense.cli.main import main
 from hf_backdoor_defense.models import warn_if_backdoored
 from hf_backdoor_defense.reporting.results import read_records
 from hf_backdoor_defense.trainers.state import load_objective
+from tests.experiment.named import named
 
 ATTACK = ["--simulate", "badnets", "--poison_rate", "0.1", "--target", "1"]
 
@@ -52,7 +53,7 @@ def test_a_simulated_run_leaves_every_file_and_the_numbers_agree(hfbd):
     assert results["arms"]["1"]["trajectory"]["rows"] == 240 - sum(r["dropped"] for r in suspects if r["seed"] == 1)
     assert len(results["between"]["1"]["trajectory"]) == 1
     # No checkpoint is left, and attacked folders say so.
-    assert not list(folder.rglob("checkpoint-*"))
+    assert not list(folder.rglob("checkpoint-*")) and named(folder, "train") == {}
     mark = json.loads((folder / "arms" / "seed-1" / "dece" / "backdoored.json").read_text())
     assert mark["backdoored"] and mark["target"] == 1 and mark["seed"] == 1
     assert not (folder / "arms" / "seed-1" / "clean_reference" / "backdoored.json").exists()
@@ -109,6 +110,9 @@ def test_without_an_attack_it_trains_and_saves_the_defended_model(hfbd, encoder,
     from hf_backdoor_defense import DeCE
 
     assert load_objective(DeCE, model).activity()["tokens"] == 480
+    entry = named(hfbd.folder, "train")["models/seed-0/dece"].entry
+    assert entry.activity["tokens"] == 480 and entry.method["name"] == "dece" and entry.base_model == str(encoder)
+    assert (entry.role, entry.labels, entry.controls, entry.attacked) == ("fine_tuned", ["0", "1", "2"], [], None)
     assert "nothing is known about attack success" in out
     measured = main(["eval", "--model", str(model), "--task", str(task), "--max_length", "16"])
     assert measured == 0
@@ -156,6 +160,12 @@ def test_kept_models_of_an_attack_are_marked_and_loading_one_warns(hfbd, caplog)
     assert hfbd(*ATTACK, "--save_models")[0] == 0
     attacked = hfbd.folder / "models" / "seed-0" / "undefended"
     assert json.loads((attacked / "backdoored.json").read_text())["trigger"]["name"] == "badnets"
+    found = named(hfbd.folder, "train")
+    assert set(found) == {"models/seed-0/undefended", "models/seed-0/clean_reference"}
+    assert (
+        found["models/seed-0/undefended"].entry.attacked and "poisoned" in found["models/seed-0/undefended"].entry.data
+    )
+    assert "poisoned" not in found["models/seed-0/clean_reference"].entry.data
     warn_if_backdoored(attacked)
     assert "trained on poisoned data on purpose" in caplog.text
     caplog.clear()

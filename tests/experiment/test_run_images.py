@@ -20,6 +20,7 @@ from hf_backdoor_defense.experiment.kinds import IMAGE, TEXT, find_kind
 from hf_backdoor_defense.reporting.results import read_records
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.vision import ImageCollator, load_image_classifier
+from tests.experiment.named import agrees, named
 from tests.trainers.image_toys import image_rows, stack, vit
 
 ATTACK = ["--simulate", "patch", "--poison_rate", "0.2", "--target", "3"]
@@ -65,6 +66,11 @@ def test_a_run_on_images_leaves_every_file_and_eval_agrees(hfbd, capsys, tmp_pat
     assert suspects and all("text" not in row and {"row_id", "label", "score"} <= set(row) for row in suspects)
     page = (hfbd.folder / "report.html").read_text()
     assert "Most suspicious rows" in page and "characters of each" not in page and "texts cut" not in page
+    found = {evidence.entry.arm: evidence for evidence in named(hfbd.folder, "train", again=False).values()}
+    controls = ["undefended", "clean_reference", "matched_decay"]
+    assert set(found) == set(arms) and found["dece"].entry.controls == controls
+    assert found["trajectory"].entry.method["name"] == "trajectory" and found["undefended"].entry.method == {}
+    agrees(hfbd.folder / found["dece"].entry.path, found["dece"])
     # Oracle: the saved model, asked one image at a time.
     place = hfbd.folder / "models" / "seed-0" / "undefended"
     model, processor = load_image_classifier(str(place), num_labels=10)

@@ -11,6 +11,11 @@ from hf_backdoor_defense.reporting.results import Record, environment, write_byt
 from hf_backdoor_defense.reporting.sealed import write_results
 
 ARM = "d3"
+REPORT = (
+    b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" '
+    b"content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">\n"
+    b"<title>r</title>\n</head>\n<body><p>report</p></body>\n</html>\n"
+)
 
 
 def records(*, n: int = 200, seed: int = 0, correct: dict[str, int] | None = None) -> list[Record]:
@@ -55,7 +60,7 @@ def small_run(
     model.save_pretrained(place)
     for processor in processors:
         processor.save_pretrained(place)
-    write_bytes(folder / "report.html", b"<!DOCTYPE html>\n<html lang='en'><title>r</title><p>report</p></html>\n")
+    write_bytes(folder / "report.html", REPORT)
     write_bytes(folder / "ca_asr.png", b"\x89PNG\r\n\x1a\n")
     about = ModelEntry(
         **{

@@ -1,0 +1,3 @@
+"""Fixtures that the tests of the Hub share."""
+
+from tests.hub.published import made  # noqa: F401
