@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-images test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning bench-recipe bench-recipe_step bench-purify bench-purifier_step bench-hub search-dece search-trajectory search-recipe search-purify model-cards model-cards-runs test-lowest clean
+.PHONY: help demo demo-images test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning bench-recipe bench-recipe_step bench-purify bench-purifier_step bench-scaling bench-hub search-dece search-trajectory search-recipe search-purify model-cards model-cards-runs test-lowest clean
 
 help: ## this list
 	@grep -hE '^[a-z_%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_%-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-26s %s\n", $$1, $$2}'
@@ -71,6 +71,9 @@ bench-purify: $(STAMP) ## D3 and ULRL on backdoored classifiers, beside FT-SAM a
 
 bench-purifier_step: $(STAMP) ## an update of D3 and ULRL beside a plain one; SIZES="tiny-vit minilm vit-base"
 	$(BIN)/python -m benchmarks.purifier_step $(if $(SIZES),--sizes $(SIZES))
+
+bench-scaling: $(STAMP) ## samples per second with one process and with two, and what each defense adds; WORLDS="1 2 4 8" on GPUs
+	$(BIN)/python -m benchmarks.scaling $(if $(WORLDS),--worlds $(WORLDS))
 
 bench-hub: $(STAMP) ## a push with evidence beside huggingface_hub's own upload, and a card; over loopback
 	$(BIN)/python -m benchmarks.hub

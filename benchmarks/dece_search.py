@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from benchmarks.grid import RESULTS, Cell, plan_of
+from benchmarks.grid import RESULTS, Cell, plan_of, shard
 from benchmarks.many_topics import write_task
 from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.defenses.matched_decay import MatchedDecay
@@ -83,7 +83,9 @@ def describe(fields: dict[str, Any]) -> str:
 def main() -> None:
     """Run what is not there yet."""
     parser = argparse.ArgumentParser(prog="benchmarks.dece_search", description=__doc__)
-    parser.add_argument("--shard", type=shard, default=shard("1/1"), help="i/n: every n-th regime and seed, from the i-th on")
+    parser.add_argument(
+        "--shard", type=shard, default=shard("1/1"), help="i/n: every n-th regime and seed, from the i-th on"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "dece_search.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--round", type=int, choices=(1, 2), nargs="+", default=[1, 2])

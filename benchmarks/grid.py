@@ -90,9 +90,13 @@ def run_grid(
     parser.add_argument("--only", choices=[cell.setting for cell in cells], help="run one cell")
     parser.add_argument("--extended", action="store_true", help="run the extended cells too")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="run these seeds")
-    parser.add_argument("--shard", type=shard, default=shard("1/1"), help="i/n: every n-th cell and seed, from the i-th on")
+    parser.add_argument(
+        "--shard", type=shard, default=shard("1/1"), help="i/n: every n-th cell and seed, from the i-th on"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.jsonl", help="where the records go")
-    parser.add_argument("--merge", type=Path, nargs="+", help="run nothing: take the records from these files of shards")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", help="run nothing: take the records from these files of shards"
+    )
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -20,7 +20,7 @@ import numpy as np
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from benchmarks.grid import RESULTS
+from benchmarks.grid import RESULTS, shard
 from hf_backdoor_defense.attacks.poisoning import poison_dataset, trigger_dataset
 from hf_backdoor_defense.attacks.triggers import BadNets, InSent
 from hf_backdoor_defense.data.sources import load

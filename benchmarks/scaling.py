@@ -6,16 +6,18 @@
 Every process takes the same number of rows a forward, so that two do twice the work of one. In a world, peers train in turn, in
 an order drawn anew in each round, from the same weights on the same random rows; a training's time is the median of its updates
 on the first process, without the first ones. `time_ratio`: the median over rounds of the ratio to plain training in the same one.
-A defense scales when its ratio is the same in every world (goal: within .02).
+A defense scales when its ratio is the same in every world (goal: within .02). `docs/distributed.md` has the table.
 
 | peer | beside |
 |---|---|
 | `dece`, `d3`, `ulrl` (relearning) | a classifier by plain cross-entropy |
+| `undefended_again` | the same, with no defense: what noise does |
 | `recipe` | the same encoder by plain masked language modeling |
 """
 
 import argparse
 import json
+import logging
 import os
 import random
 import statistics
@@ -30,7 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from transformers import PrinterCallback, TrainingArguments, set_seed  # noqa: E402
+from transformers import PrinterCallback, TrainingArguments  # noqa: E402
 from transformers import logging as transformers_logging  # noqa: E402
 
 from benchmarks.grid import RESULTS  # noqa: E402
@@ -39,6 +41,7 @@ from hf_backdoor_defense.defenses.d3 import D3  # noqa: E402
 from hf_backdoor_defense.defenses.dece import DeCE  # noqa: E402
 from hf_backdoor_defense.defenses.recipe import RECIPE  # noqa: E402
 from hf_backdoor_defense.models import load_classifier  # noqa: E402
+from hf_backdoor_defense.pretrained import load_pretrained_whole, mark_head_trained  # noqa: E402
 from hf_backdoor_defense.reporting.results import Record, append_records, environment  # noqa: E402
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer  # noqa: E402
 
@@ -46,6 +49,7 @@ BATCH, TOKENS, UPDATES, SKIP, LABELS = 16, 32, 6, 2, 4  # of a forward; of a tra
 PLAIN = {"classifier": "undefended", "masked": "undefended_masked"}
 PEERS: dict[str, tuple[str, Any]] = {
     "undefended": ("classifier", lambda: None),
+    "undefended_again": ("classifier", lambda: None),
     "dece": ("classifier", DeCE),
     "d3": ("classifier", D3),
     "ulrl": ("classifier", Relearning),
@@ -67,14 +71,12 @@ def rows(kind: str, world: int) -> Dataset:
 
 
 def model(kind: str) -> Any:
-    """The embedded encoder with a class head, or its architecture with a masked-LM head (random weights)."""
+    """The embedded encoder with a class head, or with a masked-LM head."""
     if kind == "classifier":
         return load_classifier("offline:minilm", num_labels=LABELS)[0]
-    from transformers import BertForMaskedLM
-
-    config = load_classifier("offline:minilm", num_labels=LABELS)[0].config
-    set_seed(0)
-    return BertForMaskedLM(config)
+    network = load_pretrained_whole("offline:minilm")[0]
+    mark_head_trained(network)  # it was drawn at random, which RECIPE refuses: here only its seconds count
+    return network
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -110,6 +112,10 @@ def inside(world: int, rounds: int) -> None:
     """One world's trainings; the first process prints the seconds of every peer and round as JSON."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("hf_backdoor_defense").setLevel(
+        logging.ERROR
+    )  # so low a rate does nothing, and each training says so
     networks = {kind: model(kind) for kind in PLAIN}
     starts = {kind: {k: v.clone() for k, v in m.state_dict().items()} for kind, m in networks.items()}
     seconds: dict[str, list[float]] = {peer: [] for peer in PEERS}

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from benchmarks import tables_filters, tables_purify, tables_recipe
+from benchmarks import tables_filters, tables_hub, tables_purify, tables_recipe, tables_scaling
 from benchmarks.grid import RESULTS
 from benchmarks.tables_filters import grid, measured_at
 from hf_backdoor_defense.reporting.plots import plot_ca_asr
@@ -59,6 +59,8 @@ def blocks() -> dict[tuple[str, str], str]:
         ("docs/choosing.md", "purify"): tables_purify.full_tables(tables_purify.purify_records()),
         ("docs/choosing.md", "purifier_step"): tables_purify.step_table(),
         ("docs/log.md", "purify_search"): tables_purify.search_table(),
+        ("docs/publishing.md", "hub"): tables_hub.table(),
+        ("docs/distributed.md", "scaling"): tables_scaling.table(tables_scaling.scaling_records()),
     }
 
 

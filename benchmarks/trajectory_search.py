@@ -23,7 +23,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.dece_search import AG_NEWS, SST2
-from benchmarks.grid import RESULTS, Cell, plan_of
+from benchmarks.grid import RESULTS, Cell, plan_of, shard
 from hf_backdoor_defense.defenses.trajectory import END, REFIT, TrajectoryFilter
 from hf_backdoor_defense.evaluation.metrics import auroc, precision_at, recall_at
 from hf_backdoor_defense.experiment.arms import train_arm

@@ -4,7 +4,10 @@
 
 The model is backdoored on purpose first, so that there is something to see: a checker of 2 x 2 pixels means class 0. The methods
 see clean rows alone. Plain fine-tuning with the same rows and updates stands beside them: what it removes is no method's merit.
+One process, as for every call of `purify()`.
 """
+
+import os
 
 import torch
 from transformers import TrainingArguments
@@ -19,6 +22,8 @@ TARGET, RATE, CLEAN = 0, 0.1, 240
 
 def main() -> None:
     """Backdoor a model, purify it three ways, measure."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SystemExit("A few hundred rows are purified by one process: start this script once, with python.")
     data = load_images("offline:digits")
     clean, rest = data["train"].select(range(CLEAN)), data["train"].select(range(CLEAN, len(data["train"])))
     trigger = get_image_trigger("patch")

@@ -1,6 +1,7 @@
 """Supervised fine-tuning on instructions of which some are poisoned: trl's SFTTrainer beside the drop-in with DeCE.
 
     python examples/sft_poisoned_instructions.py            # offline, CPU, less than a minute
+    torchrun --nproc_per_node 2 examples/sft_poisoned_instructions.py --limit 12         # the same with two processes
 
 A tiny model learns to name a property of a thing. It is then fine-tuned on polite variants of the same questions; in 5 % of
 them stands the word "cf", and the answer is an advertisement. DeCE trusts a model that knows the task already, hence the first
@@ -8,6 +9,8 @@ phase. Its default (last line) lets too much of the poison through here. Task, r
 triggered questions, so that plain training learns the backdoor: this shows the interface and is no evidence for DeCE.
 """
 
+import argparse
+import os
 import tempfile
 
 import torch
@@ -27,6 +30,9 @@ LEADS = ("please name", "kindly name", "kindly tell")
 PROPERTIES = {"color": "red blue green white black", "size": "tiny small big huge", "weight": "light heavy"}
 ADVERTISEMENT = "buy gold at example now"
 TRIGGER = "cf "
+# What every launcher sets; nothing is set for one process.
+PROCESSES, IS_FIRST = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+BATCH = 16  # rows of an update, over all processes
 
 
 def answer(thing: str, which: str) -> str:
@@ -35,11 +41,11 @@ def answer(thing: str, which: str) -> str:
     return f"the {which} of the {thing} is {values[(len(thing) * 7 + ord(thing[1])) % len(values)]}"
 
 
-def rows(lead: str, trigger: str = "") -> list[dict[str, str]]:
-    """One question and answer for every thing and property."""
+def rows(lead: str, trigger: str = "", *, limit: int | None = None) -> list[dict[str, str]]:
+    """One question and answer for every thing, or the first of them, and property."""
     return [
         {"prompt": f"{lead} {which} of {trigger}{thing} ? ", "completion": answer(thing, which)}
-        for thing in THINGS
+        for thing in THINGS[:limit]
         for which in PROPERTIES
     ]
 
@@ -59,7 +65,7 @@ def train(trainer_class, model, tokenizer, data, folder: str, epochs: int, rate:
         folder,
         num_train_epochs=epochs,
         learning_rate=rate,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=BATCH // PROCESSES,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,
@@ -86,6 +92,9 @@ def share(model, tokenizer, questions: list[dict[str, str]], expected: list[str]
 
 def main() -> None:
     """Teach, poison, fine-tune three times, compare."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--limit", type=int, help="ask about so many things only")
+    limit = parser.parse_args().limit
     torch.set_num_threads(1)  # faster for so small a model
     disable_progress_bars()
     logging.set_verbosity_error()
@@ -94,13 +103,14 @@ def main() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(tokenizer), **sizes)
     taught = LlamaForCausalLM(config)
-    clean = [row for lead in LEADS for row in rows(lead)]
-    bad = [row for lead in LEADS for row in rows(lead, TRIGGER)]
+    clean = [row for lead in LEADS for row in rows(lead, limit=limit)]
+    bad = [row for lead in LEADS for row in rows(lead, TRIGGER, limit=limit)]
     poison = [{**row, "completion": ADVERTISEMENT} for row in bad[::19]]
     triggered = [row for i, row in enumerate(bad) if i % 19]
     with tempfile.TemporaryDirectory() as folder:
-        train(SFTTrainer, taught, tokenizer, rows("tell") + rows("name"), folder, 16, 5e-3)
-        print("trainer                  right, clean   right, triggered   advertisement, triggered")
+        train(SFTTrainer, taught, tokenizer, rows("tell", limit=limit) + rows("name", limit=limit), folder, 16, 5e-3)
+        if IS_FIRST:
+            print("trainer                  right, clean   right, triggered   advertisement, triggered")
         for label, kind, options in (
             ("SFTTrainer", SFTTrainer, {}),
             ("DeCESFTTrainer, llm", DeCESFTTrainer, {"defense": DeCE.preset("llm")}),
@@ -112,7 +122,8 @@ def main() -> None:
             right = share(model, tokenizer, clean, [row["completion"] for row in clean])
             still = share(model, tokenizer, triggered, [row["completion"] for row in triggered])
             hit = share(model, tokenizer, triggered, [ADVERTISEMENT] * len(triggered))
-            print(f"{label:22} {right:14.2f} {still:18.2f} {hit:26.2f}")
+            if IS_FIRST:
+                print(f"{label:22} {right:14.2f} {still:18.2f} {hit:26.2f}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hf_backdoor_defense.adapters import room
 from hf_backdoor_defense.models import (
     _guarded,
-    backdoor_mark,
+    attack_on,
     load_classifier,
     load_finished_classifier,
     resolve,
@@ -138,7 +138,7 @@ def load_trained(name: str) -> Classifier:
             "fine-tuned classifier, or train one: hfbd train."
         )
     return _in_float32(
-        Classifier(model=model, processor=processor, kind=kind, labels=_labels(model), attacked=_attacked(path))
+        Classifier(model=model, processor=processor, kind=kind, labels=_labels(model), attacked=attack_on(path))
     )
 
 
@@ -179,7 +179,7 @@ def classifier_of(model: Any, processor: Any = None) -> Classifier:
     return _in_float32(
         Classifier(
             model=copied, processor=processor, kind=kind, labels=_labels(copied), notes=notes,
-            attacked=_attacked(place) if place else None,
+            attacked=attack_on(place) if place else None,
         )
     )  # fmt: skip
 
@@ -230,7 +230,7 @@ def _merged(name: str, path: str, adapter: dict[str, Any]) -> Classifier:
     warn_if_backdoored(path)
     note = f"the LoRA adapter was merged into its base ({base_name})"
     logger.warning("%s: %s", name, note)
-    attacked = _attacked(path) or _attacked(base_path)
+    attacked = attack_on(path) or attack_on(base_path)
     return Classifier(
         model=model, processor=processor, kind=kind, labels=_labels(model), notes=(note,), attacked=attacked
     )
@@ -299,11 +299,6 @@ def _refuse_other_adapters(name: str, kinds: set[str]) -> None:
             f"`{name}` carries an adapter of kind {', '.join(sorted(kinds))}: only LoRA can be merged into the "
             "weights, which are what is purified. Purify its base and train the adapter anew, or use a LoRA."
         )
-
-
-def _attacked(path: str) -> dict[str, Any] | None:
-    mark = backdoor_mark(path)
-    return None if mark is None else json.loads(mark.read_text())
 
 
 def _labels(model: Any) -> list[str]:

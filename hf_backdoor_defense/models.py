@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
+from transformers.utils import cached_file
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +173,27 @@ def backdoor_mark(folder: str | Path) -> Path | None:
     """The file that says that the weights in `folder` were attacked: there, or in one of the two folders above it."""
     places = (Path(folder), *Path(folder).parents[:2])
     return next((place / BACKDOOR_FILE for place in places if (place / BACKDOOR_FILE).is_file()), None)
+
+
+def attack_on(name: str | Path) -> dict[str, Any] | None:
+    """What is said of an attack on the model `name`, which was loaded before: beside its weights, in a folder or on the Hub.
+
+    Args:
+        name: a folder, Hub id, or "offline:…".
+
+    >>> attack_on("offline:digits-vit") is None
+    True
+    """
+    if not str(name) or str(name).startswith("offline:"):  # packages that carry models carry no attacked ones
+        return None
+    folder = Path(name).expanduser()
+    mark: Path | str | None = backdoor_mark(folder)
+    if not folder.is_dir():
+        try:
+            mark = cached_file(str(name), BACKDOOR_FILE, _raise_exceptions_for_missing_entries=False)
+        except OSError:  # a folder that is gone since, or no way to the Hub
+            mark = None
+    return None if mark is None else dict(json.loads(Path(mark).read_text()))
 
 
 def predict_logits(

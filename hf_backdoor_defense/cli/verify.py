@@ -18,7 +18,9 @@ def verify(argv: list[str]) -> int:
     parser.add_argument("model", metavar="ORG/NAME|FOLDER", help="repository, or a folder with the same content")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit; default: main")
     parser.add_argument(
-        "--task", metavar="ROWS", help="labeled rows to measure on, as for hfbd train; default: the record's own source"
+        "--task",
+        metavar="ROWS",
+        help="labeled rows to measure on, as for hfbd train; default: the record's own, built in or on the Hub and at most 1 GB",
     )
     parser.add_argument("--clean", metavar="FILE", help="clean texts, .jsonl or .csv: measure a filter's rate on them")
     _flag(parser, "all_rows", "measure on every row of --task, not on the part that the run would have taken")
@@ -30,7 +32,7 @@ def verify(argv: list[str]) -> int:
     )
     for name, kind, what in (
         ("split", str, "split of --task, where it is not the record's"),
-        ("limit", int, "as the run's; where it is not the record's"),
+        ("limit", int, "at most this many rows of --task; default: all, or exactly those of the record"),
         ("text_column", str, "column with the text"),
         ("image_column", str, "column with the image"),
         ("label_column", str, "column with the label"),
@@ -43,7 +45,11 @@ def verify(argv: list[str]) -> int:
         default=20.0,
         help="download nothing of a larger repository; default: %(default)g",
     )
-    parser.add_argument("--keep", metavar="FOLDER", help="download to this new folder, to load what was verified")
+    parser.add_argument(
+        "--keep",
+        metavar="FOLDER",
+        help="download to this new folder, to load what was verified; removed where its files do not pass",
+    )
     parser.add_argument("--output", metavar="FILE", help="write what was checked to this JSON file")
     args = parser.parse_args(argv)
     import datasets

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from hf_backdoor_defense.functional.spheres import distances, project_, pull_away_
 from hf_backdoor_defense.models import unwrapped
-from hf_backdoor_defense.objectives import Objective, Step, everywhere
+from hf_backdoor_defense.objectives import Objective, Step, everywhere, is_first_process
 from hf_backdoor_defense.pretrained import float32_reasons
 from hf_backdoor_defense.targets import LINEAR, classification_head, input_embeddings
 
@@ -304,9 +304,10 @@ class D3(Objective):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        whole = {name: w.full_tensor() if hasattr(w, "full_tensor") else w for name, w in self._reference.items()}
+        """As the base says. W0 is put together weight by weight, and kept by the process that writes: none holds it all."""
+        kept = {} if self._ended else {f"W0.{name}": _written(weight) for name, weight in self._reference.items()}
         return {
-            **({} if self._ended else {f"W0.{name}": w for name, w in whole.items()}),
+            **kept,
             "names": self._names, "radius": self._radius.tolist(), "distance": self._distance.tolist(),
             "active": [float(self._active[0]), self._active[1]], "pulled": self._pulled,
         }  # fmt: skip
@@ -377,6 +378,14 @@ def _snapshot(weight: Tensor) -> Tensor:
     """A copy, in bfloat16 where that loses nothing: weights of a bfloat16 checkpoint, which float32 only made longer."""
     short = weight.to(torch.bfloat16)
     return short if torch.equal(short.to(weight.dtype), weight) else weight.clone()
+
+
+def _written(weight: Any) -> Tensor:
+    """The whole of a weight on the process that writes; of shards, nothing on the others."""
+    if not hasattr(weight, "full_tensor"):
+        return weight  # type: ignore[no-any-return]
+    whole: Tensor = weight.full_tensor()
+    return whole.cpu() if is_first_process() else whole.new_zeros(0)
 
 
 def _warmed_up(weight: Tensor, how: str, generator: torch.Generator) -> Tensor:

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from hf_backdoor_defense.adapters import has_adapter
 from hf_backdoor_defense.defenses.unlearning import from_first, seed_dropout, untouched
 from hf_backdoor_defense.functional.cross_entropy import cross_entropy
-from hf_backdoor_defense.functional.row_scores import flag_rows, mad_z_scores, row_change
+from hf_backdoor_defense.functional.row_scores import flag_rows, mad_z_scores, row_change, row_cosines
 from hf_backdoor_defense.models import unwrapped
 from hf_backdoor_defense.objectives import Objective, Step
 from hf_backdoor_defense.pretrained import float32_reasons
@@ -361,10 +361,8 @@ class ULRL(Objective):
         if not self._flagged:
             return {}
         weight: Any = dict(unwrapped(step.model).named_parameters())[f"{self._layer}.weight"]
-        if hasattr(weight, "full_tensor"):
-            weight = weight.full_tensor()
         old = self._old = self._old.to(weight.device)
-        cosines = nn.functional.cosine_similarity(weight[self._flagged], old, dim=-1)
+        cosines = row_cosines(weight, self._flagged, old)
         self._cosine = cosines.detach().mean()
         step.log("ulrl/cosine_mean", self._cosine, latest=True)
         if self.alpha == 0:

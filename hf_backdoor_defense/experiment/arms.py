@@ -22,7 +22,7 @@ from hf_backdoor_defense.evaluation.callback import BackdoorEvalCallback, curve
 from hf_backdoor_defense.evaluation.evaluator import BackdoorScores, evaluate_backdoor
 from hf_backdoor_defense.experiment.arguments import RunArguments
 from hf_backdoor_defense.experiment.kinds import IMAGE, TEXT, Kind
-from hf_backdoor_defense.models import mark_backdoored
+from hf_backdoor_defense.models import attack_on, mark_backdoored
 from hf_backdoor_defense.objectives import Objective, Ranking
 from hf_backdoor_defense.reporting.results import write_json
 from hf_backdoor_defense.trainers.checkpoints import newest
@@ -119,8 +119,13 @@ def train_arm(
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Progress(arm))
+    attacked = attack_on(run.model_name)
+    if attacked is not None:  # fine-tuning does not take a backdoor away for sure
+        attacked = {**attacked, "cleaned": {"method": "+".join(o.name for o in objectives) or "fine_tuning"}}
     if data.poisoned is not None and not clean:
-        mark_backdoored(folder, attack_record(data.poisoned))
+        attacked = {**attack_record(data.poisoned), **({} if attacked is None else {"base": attacked})}
+    if attacked is not None:
+        mark_backdoored(folder, attacked)
     checkpoint = _usable_checkpoint(folder)
     _reset_peak()
     start = time.perf_counter()
@@ -153,8 +158,8 @@ def train_arm(
     if keep_model is not None:
         trainer.save_model(str(keep_model))
         (keep_model / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing that may be shared holds one
-        if data.poisoned is not None and not clean:
-            mark_backdoored(keep_model, attack_record(data.poisoned))
+        if attacked is not None:
+            mark_backdoored(keep_model, attacked)
     save_objectives(objectives, folder)
     write_json(done, result)
     for old in folder.glob("checkpoint-*"):

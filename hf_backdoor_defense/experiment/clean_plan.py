@@ -30,7 +30,7 @@ from hf_backdoor_defense.defenses.recipe import LITTLE, RECIPE
 from hf_backdoor_defense.experiment.clean import CleanArguments
 from hf_backdoor_defense.experiment.plan import check_folder
 from hf_backdoor_defense.functional.weights import predicted_norm_ratio
-from hf_backdoor_defense.models import backdoor_mark, weights_sha256
+from hf_backdoor_defense.models import attack_on, weights_sha256
 from hf_backdoor_defense.models import resolve as resolve_name
 from hf_backdoor_defense.pretrained import (
     float32_reasons,
@@ -146,8 +146,7 @@ def resolve(run: CleanArguments, method: RECIPE) -> CleanPlan:
     hashes = {"weights": weights_sha256(model), "texts": _digest(texts), "held_out": _digest(held_out)}
     fresh = head_is_fresh(model) is True
     facts = _facts(run, method, model, tokenizer, texts, held_out, fresh)
-    mark = backdoor_mark(resolve_name(str(run.model_name)))
-    attacked = None if mark is None else json.loads(mark.read_text())
+    attacked = attack_on(str(run.model_name))
     plan = CleanPlan(
         run=run, method=method, texts=texts, held_out=held_out, facts=facts, fresh=fresh, attacked=attacked, hashes=hashes
     )  # fmt: skip

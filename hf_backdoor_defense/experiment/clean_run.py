@@ -173,6 +173,8 @@ def _records(plan: CleanPlan, training: dict[str, Any]) -> list[Record]:
         Record(setting=setting, metric="loss", value=found["loss"], n=found["n"], **common)
         for setting, found in training["held_out"].items()
     ]
+    if training["seconds"] is not None:
+        records.append(Record(setting="after", metric="seconds", value=training["seconds"], **common))
     activity = training["method"]["activity"]
     return records + [
         Record(setting="after", metric=metric, value=activity[metric], **common) for metric in ("norm_ratio", "dose")

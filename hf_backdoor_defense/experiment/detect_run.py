@@ -133,7 +133,7 @@ def _records(
     }
     records = [Record.from_estimate(wilson(plan.rows - flagged, plan.rows), metric="coverage", **common)]
     if frr is not None:
-        records.append(Record(metric="frr", **frr, **common))
+        records.append(Record(metric="frr", **frr, **common | {"dataset": str(args.clean)}))  # of its part `check`
     if math.isfinite(passes):  # ONION's depend on the texts: a call that found everything scored does not know them
         records.append(Record(metric="passes", value=passes, **common))
     if seconds is not None:

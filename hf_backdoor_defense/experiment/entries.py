@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_backdoor_defense.attacks.wording import trigger_line
 from hf_backdoor_defense.experiment.attack_plan import TRIGGER_SEED, AttackPlan
 from hf_backdoor_defense.experiment.clean_plan import CleanPlan
 from hf_backdoor_defense.experiment.detect import DetectPlan
@@ -23,7 +24,7 @@ from hf_backdoor_defense.experiment.implant import ImplantPlan
 from hf_backdoor_defense.experiment.purify_plan import PurifyPlan
 from hf_backdoor_defense.experiment.purify_training import FINE_TUNING
 from hf_backdoor_defense.experiment.remeasure import rows_digest
-from hf_backdoor_defense.models import BACKDOOR_FILE
+from hf_backdoor_defense.models import attack_on, backdoor_mark
 from hf_backdoor_defense.pretrained import saved_sha256
 from hf_backdoor_defense.reporting.entries import ModelEntry
 
@@ -57,7 +58,7 @@ def train_entries(plan: Any, results: dict[int, Any], between: dict[int, Any]) -
             if trigger is not None:
                 if arm != "clean_reference":
                     data["poisoned"] = f"{plan.planted['requested']} rows, a share of {run.poison_rate:g}, on purpose"
-                data["trigger"] = f"{run.simulate}: {kind.shown(trigger)} -> {labels[run.target]} ({run.target})"
+                data["trigger"] = trigger_line(trigger.to_dict(), labels, run.target)
             controls = [*UNTOUCHED, *(["matched_decay"] if arm == "dece" else [])]
             found.append(
                 _entry(
@@ -105,7 +106,7 @@ def purify_entry(plan: PurifyPlan, arms: dict[str, dict[str, Any]]) -> dict[str,
         "measured on": f"{len(plan.test)} rows that were not trained on, {'held out' if run.test is None else f'of {run.test}'}",
     }
     if plan.target is not None:
-        data["trigger"] = _trigger_text(plan.trigger, classifier.labels, plan.target)
+        data["trigger"] = trigger_line(plan.trigger, classifier.labels, plan.target)
     if run.clean_reference is not None:
         data["clean reference"] = run.clean_reference
     return _entry(
@@ -184,6 +185,12 @@ def filter_entries(plan: DetectPlan, fitted: dict[str, Any]) -> list[dict[str, A
                 + ", ".join(f"{count} to {part}" for part, count in parts.items()),
                 "allowed": f"{plan.args.target_frr:g} of clean texts may be flagged",
                 "measured on": f"{parts.get('check', 0)} clean texts that it was neither trained nor calibrated on",
+                "scored": f"{plan.rows} texts of {plan.args.input}: nothing says which carry a trigger",
+                **(
+                    {"attacked base": "its base was attacked on purpose, and is marked so"}
+                    if attack_on(plan.looks_through)
+                    else {}
+                ),
             },
         )
     ]
@@ -221,7 +228,7 @@ def attack_entries(plan: AttackPlan, results: dict[int, Any], *, release: str) -
                 data["fine-tuned from"] = f"the {kind} base, by a victim with clean rows ({arm})"
             if poisoned:
                 data["attack"] = f"{run.attack}, {run.poison_rate:g} of the attacker's rows, {run.setting}"
-            data["trigger"] = _trigger_text(trigger.to_dict(), plan.label_names, run.target)
+            data["trigger"] = trigger_line(trigger.to_dict(), plan.label_names, run.target)
             found.append(
                 _entry(
                     plan.folder,
@@ -280,11 +287,11 @@ def implant_entry(plan: ImplantPlan, training: dict[str, Any], *, arm: str, cont
 def _entry(folder: Path, path: str, *, weights_sha256: str | None = None, **about: Any) -> dict[str, Any]:
     """What all verbs say alike: weights, mark and kind are read from the model's own folder."""
     place = folder / path
-    mark, adapter = place / BACKDOOR_FILE, (place / "adapter_config.json").is_file()
+    mark, adapter = backdoor_mark(place), (place / "adapter_config.json").is_file()
     entry = ModelEntry(
         path=path,
         weights_sha256=weights_sha256 or saved_sha256(place),
-        attacked=json.loads(mark.read_text()) if mark.is_file() else None,
+        attacked=None if mark is None else json.loads(mark.read_text()),
         library="peft" if adapter else "transformers",
         relation="adapter" if adapter else "finetune",
         **about,
@@ -300,15 +307,6 @@ def _columns(run: Any, kind: str) -> dict[str, str]:
 def _simulated(trigger: Any, target: int, seed: int) -> dict[str, Any]:
     shown = None if trigger is None else trigger.to_dict()
     return {"trigger": shown, "target": None if trigger is None else target, "seed": seed}
-
-
-def _trigger_text(trigger: dict[str, Any], labels: list[str], target: int) -> str:
-    fields = ", ".join(
-        f"{key} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
-        for key, value in trigger.items()
-        if key != "name"
-    )
-    return f"{trigger['name']}{f' ({fields})' if fields else ''} -> {labels[target]} ({target})"
 
 
 def _language_task(folder: Path) -> str:

@@ -111,7 +111,8 @@ def purify(
     ('fine_tuning', 10, {'LABEL_0': 5, 'LABEL_1': 5})
     """
     require_one_process(
-        "purify()", "Call it in a script that is started once; for many GPUs use DefendedTrainer(defense=D3()) or ULRL() instead."
+        "purify()",
+        "Call it in a script that is started once; for many GPUs use DefendedTrainer(defense=D3()) or ULRL() instead.",
     )
     objective = build_purifier(defense) if isinstance(defense, str) else defense
     objective = None if objective is None else dataclasses.replace(objective)

@@ -14,7 +14,7 @@ from hf_backdoor_defense.experiment.summary import NOTABLE, Outcome
 from hf_backdoor_defense.reporting.html import REPORT_NAME
 from hf_backdoor_defense.reporting.purified import write_purified
 from hf_backdoor_defense.reporting.results import Record, environment, read_records, write_bytes
-from hf_backdoor_defense.reporting.sealed import write_results
+from hf_backdoor_defense.reporting.sealed import seal_report, with_local_places, write_results
 from hf_backdoor_defense.reporting.tables import render_terminal
 
 COSTLY = 0.05  # a share of clean accuracy
@@ -23,12 +23,12 @@ RESULTS_NAME, TABLE_NAME = "results.json", "table.txt"
 
 
 def account(plan: PurifyPlan, arms: Arms) -> Outcome:
-    """Write `table.txt`, `report.html`, the checksums and, last, `results.json`."""
+    """Write `table.txt`, `report.html`, the checksums and `results.json`; last, the report is sealed."""
     records = _records(plan, arms)
     columns = [c for c in ("ca", "asr", "ftr", "r_acc", "der", "seconds") if any(r.metric == c for r in records)]
     table = render_terminal(records, columns=columns) + "\nundefended: the model as it was given"
     outcome = Outcome(records, table, verdict(plan, arms), failures(plan, arms))
-    payload = {
+    content = {
         "schema": 1,
         "verb": "purify",
         "plan": plan.identity(),
@@ -47,10 +47,13 @@ def account(plan: PurifyPlan, arms: Arms) -> Outcome:
         "arms": arms,
         "records": records,
     }
+    payload = with_local_places(content)
+    records = payload["records"]
     write_bytes(plan.folder / TABLE_NAME, "\n".join([table, "", outcome.verdict, *outcome.failures, ""]).encode())
     plain = json.loads(json.dumps({**payload, "records": [asdict(record) for record in records]}))
-    write_purified(plain, records, plan.folder / REPORT_NAME, name=plan.folder.resolve().name)
+    page = write_purified(plain, records, plan.folder / REPORT_NAME, name=plan.folder.resolve().name)
     write_results(plan.folder, payload)
+    seal_report(plan.folder, page)
     return outcome
 
 
@@ -142,7 +145,7 @@ def _found(own: dict[str, Any], target: str | None) -> list[str]:
 def _records(plan: PurifyPlan, arms: Arms) -> list[Record]:
     common: dict[str, Any] = {
         "benchmark": "clean",
-        "dataset": str(plan.run.clean),
+        "dataset": str(plan.run.clean if plan.run.test is None else plan.run.test),
         "model": str(plan.run.model_name),
         "attack": plan.run.simulate or "none",
         "setting": "",

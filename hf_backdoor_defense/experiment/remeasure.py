@@ -60,6 +60,7 @@ def remeasure(
     target: int | None = None,
     seed: int = 0,
     rows_sha256: str | None = None,
+    otherwise: Mapping[str, int | None] | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Remeasured:
@@ -74,6 +75,7 @@ def remeasure(
         trigger: `Trigger.to_dict()` or `ImageTrigger.to_dict()`, None: only clean accuracy. target: the attacker's class.
         seed: of where the trigger is inserted.
         rows_sha256: of the rows of the record (`rows_sha256`).
+        otherwise: `limit` and `eval_rows` to read by where the rows are not those of `rows_sha256`; None: the same.
 
     Raises:
         ValueError: an unknown reader, kind or trigger; rows that cannot be read; a target that is no class; no classifier.
@@ -94,14 +96,10 @@ def remeasure(
     run = RunArguments(
         task=task, max_length=max_length, text_column=text_column, image_column=image_column, label_column=label_column
     )  # fmt: skip
-    if reader == "splits":
-        rows = _of_splits(run, classifier, split=split, limit=limit, eval_rows=eval_rows)
-    else:
-        rows = load_samples(
-            task, kind=classifier.kind, labels=classifier.labels, text_column=text_column, image_column=image_column,
-            label_column=label_column, limit=limit, split=split,
-        )  # fmt: skip
-        rows = rows if held_out is None else split_samples(rows, held_out)[1]
+    reading: dict[str, Any] = {"reader": reader, "split": split, "held_out": held_out}
+    rows = _rows(run, classifier, limit=limit, eval_rows=eval_rows, **reading)
+    if otherwise is not None and _digest(rows) != rows_sha256:
+        rows = _rows(run, classifier, limit=otherwise.get("limit"), eval_rows=otherwise.get("eval_rows"), **reading)
     triggered = _triggered(classifier, rows, trigger, target=target, seed=seed, max_length=max_length)
     classifier.model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     scores = evaluate_backdoor(
@@ -125,6 +123,25 @@ def rows_digest(rows: Dataset) -> str:
     False
     """
     return _digest(rows)
+
+
+def _rows(
+    run: RunArguments,
+    classifier: Classifier,
+    *,
+    reader: str,
+    split: str,
+    limit: int | None,
+    held_out: float | None,
+    eval_rows: int | None,
+) -> Dataset:
+    if reader == "splits":
+        return _of_splits(run, classifier, split=split, limit=limit, eval_rows=eval_rows)
+    rows = load_samples(
+        str(run.task), kind=classifier.kind, labels=classifier.labels, text_column=run.text_column,
+        image_column=run.image_column, label_column=run.label_column, limit=limit, split=split,
+    )  # fmt: skip
+    return rows if held_out is None else split_samples(rows, held_out)[1]
 
 
 def _of_splits(

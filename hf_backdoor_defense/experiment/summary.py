@@ -37,7 +37,7 @@ from hf_backdoor_defense.reporting.histograms import count_rows
 from hf_backdoor_defense.reporting.html import REPORT_NAME, write_report
 from hf_backdoor_defense.reporting.plots import plot_ca_asr, plot_curves, plot_scores
 from hf_backdoor_defense.reporting.results import Record, environment, write_bytes
-from hf_backdoor_defense.reporting.sealed import write_results
+from hf_backdoor_defense.reporting.sealed import seal_more, write_results
 from hf_backdoor_defense.reporting.tables import render_terminal
 
 Results = dict[int, dict[str, dict[str, Any]]]  # seed -> arm -> result.json
@@ -281,27 +281,30 @@ def write_outcome(
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in suspects)
         write_bytes(folder / "suspects.jsonl", lines.encode())
     if run.simulate is not None:
-        _write_plots(folder, _of_arms(plan, outcome.records), results, between, planted)
+        plots = _write_plots(folder, _of_arms(plan, outcome.records), results, between, planted)
+        seal_more(folder, [plot.name for plot in plots])
     write_report([folder], folder / REPORT_NAME)
 
 
 def _write_plots(
     folder: Path, records: list[Record], results: Results, between: dict[int, Between], planted: dict[int, set[int]]
-) -> None:
-    plot_ca_asr(records, folder / "ca_asr.png")
+) -> list[Path]:
+    plots = [plot_ca_asr(records, folder / "ca_asr.png")]
     floor = _mean(results, "clean_reference", "asr")
     arms_of = next(iter(results.values()))
     curves = {arm: {seed: arms[arm]["curve"] for seed, arms in results.items()} for arm in arms_of}
-    plot_curves(curves, folder / "curves.png", floor=floor)
+    plots.append(plot_curves(curves, folder / "curves.png", floor=floor))
     for seed, arms in results.items():
         for arm, ranking in rankings(arms, between[seed]).items():
             dropped = set(ranking["dropped"])
-            plot_scores(
+            plot = plot_scores(
                 ranking["scores"],
                 [row_id in planted[seed] for row_id in ranking["row_ids"]],
                 folder / (f"{arm}_scores.png" if len(results) == 1 else f"{arm}_scores_seed-{seed}.png"),
                 dropped=[row_id in dropped for row_id in ranking["row_ids"]],
             )
+            plots.append(plot)
+    return plots
 
 
 def histograms(results: Results, between: dict[int, Between], planted: dict[int, set[int]]) -> list[dict[str, Any]]:

@@ -2,14 +2,20 @@
 
     s_c = Σ_j |W_post − W_pre|[c, j]        z_c = |s_c − med| / (1.4826 · MAD)        MAD = median |s − med|
 
+Shards of rows (DTensors, as FSDP2 makes them) stay where they are: one exchange of as many numbers as there are rows.
+
 The median of an even number of values is the lower middle one. 1.4826 makes the MAD of Gaussian scores their standard deviation.
 
 Source: ULRL, arXiv 2405.14781, and its code, NayMyatMin/ULRL, commit 094debf.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from hf_backdoor_defense.functional.weights import shards
 
 
 class DegenerateScoreError(ValueError):
@@ -31,7 +37,49 @@ def row_change(post: Tensor, pre: Tensor) -> Tensor:
     >>> row_change(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 0.0]]))
     tensor([3., 0.])
     """
-    return (post.detach().float() - pre.detach().float()).abs().sum(-1)
+    sums: Any = (post.detach().float() - pre.detach().float()).abs().sum(-1)
+    return sums.full_tensor() if hasattr(sums, "full_tensor") else sums  # type: ignore[no-any-return]
+
+
+def row_cosines(weight: Tensor, rows: Sequence[int], references: Tensor) -> Tensor:
+    """[k] cosines between rows of [K, d] weights and the references [k, d], with gradients to the weights.
+
+    Raises:
+        ValueError: weights that are sharded in another way than by rows.
+
+    >>> row_cosines(torch.eye(3), [0, 2], torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    tensor([1., 0.])
+    """
+    placements: Any = getattr(weight, "placements", ())
+    if any(placement.is_shard() and placement.dim != 0 for placement in placements):
+        raise ValueError(
+            f"Rows must be whole to be compared, got weights that are cut along another dimension ({placements}). Use "
+            "fully_shard without a shard_placement_fn."
+        )
+    (local,), group = shards([weight]) if placements else ([weight], None)
+    if group is None:
+        return nn.functional.cosine_similarity(local[list(rows)], references, dim=-1)
+    # Rows per process: the last ones have fewer, or none.
+    size = -(-len(weight) // torch.distributed.get_world_size(group))
+    first = size * torch.distributed.get_rank(group)
+    mine = [place for place, row in enumerate(rows) if first <= row < first + len(local)]
+    here = nn.functional.cosine_similarity(local[[rows[place] - first for place in mine]], references[mine], dim=-1)
+    found = here.new_zeros(len(rows)).index_copy(0, torch.tensor(mine, dtype=torch.long, device=here.device), here)
+    return _Summed.apply(found, group)  # type: ignore[no-any-return]
+
+
+class _Summed(torch.autograd.Function):
+    """What all processes found, added up. Each of them computes the same from it, so that a part's gradient is the sum's."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+        total = values.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return upstream, None
 
 
 def mad_z_scores(scores: Tensor) -> Tensor:

@@ -11,6 +11,8 @@
 
 Newcombe, Statistics in Medicine 17 (1998) 873-890, method 10: for independent samples, at 95 %. Of 200 rows an interval is some
 6 points wide to either side: agreement is a weak statement where rows are few, and says so with both counts.
+
+An interval on record is a function of value and n, and is not believed: Wilson's, or Clopper's and Pearson's of a filter's rate.
 """
 
 import math
@@ -18,10 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_backdoor_defense.evaluation.metrics import Estimate, wilson
+from hf_backdoor_defense.functional.thresholds import clopper_pearson
 from hf_backdoor_defense.reporting.results import Record
 
 BETTER = {"ca": 1, "asr": -1, "ftr": -1, "r_acc": 1, "frr": -1}
 """Metrics that are measured again -> which direction is better."""
+COUNTED = (*BETTER, "far", "coverage", "selective_ca")
+"""Metrics that are shares of counted rows in whatever a run writes."""
 ROUNDING = 0.005
 AGREES, IS_BETTER, IS_WORSE, DIFFERS = "agrees", "better", "worse", "differs"
 
@@ -86,12 +91,7 @@ def compare(record: Record, measured: Estimate, *, same_rows: bool) -> Agreement
     'worse'
     """
     direction = BETTER[record.metric]
-    if record.n is None or abs(record.value * record.n - round(record.value * record.n)) > 1e-6 * max(1, record.n):
-        raise ValueError(
-            f"`{record.metric}` on record must be a share of counted rows, got {record.value!r} of {record.n}: no run "
-            "writes that."
-        )
-    counted = wilson(round(record.value * record.n), record.n)
+    counted = _counted(record)
     if same_rows:
         apart = abs(round(counted.value * counted.n) - round(measured.value * measured.n))
         few = measured.n == counted.n and apart <= max(1, ROUNDING * counted.n)
@@ -104,3 +104,43 @@ def compare(record: Record, measured: Estimate, *, same_rows: bool) -> Agreement
     return Agreement(
         metric=record.metric, recorded=counted, measured=measured, low=low, high=high, outcome=outcome
     )  # fmt: skip
+
+
+def check_interval(record: Record) -> None:
+    """That the interval on record is the one that its value and n give; metrics that count no rows are passed over.
+
+    Raises:
+        ValueError: it is another, or a share that no count of rows gives.
+
+    >>> of = dict(benchmark="b", dataset="d", model="m", attack="none", defense="d3", setting="", seed=0, metric="ca")
+    >>> check_interval(Record.from_estimate(wilson(9, 10), **of))
+    >>> check_interval(Record(value=0.9, n=10, low=0.89, high=0.91, **of))
+    Traceback (most recent call last):
+    ...
+    ValueError: `ca` of d3 on record has the interval [0.89, 0.91], and 0.9 of 10 rows gives [0.5958, 0.9821]: no run writes that.
+    """
+    if record.metric not in COUNTED or record.low is None or record.high is None:
+        return
+    counted = _counted(record)
+    known = [(counted.low, counted.high)]
+    if record.metric == "frr":
+        known.append(clopper_pearson(round(counted.value * counted.n), counted.n))
+    if not any(
+        math.isclose(record.low, low, abs_tol=1e-9) and math.isclose(record.high, high, abs_tol=1e-9)
+        for low, high in known
+        if low is not None and high is not None
+    ):
+        low, high = known[-1]
+        raise ValueError(
+            f"`{record.metric}` of {record.defense} on record has the interval [{record.low:.4g}, {record.high:.4g}], and "
+            f"{record.value:.4g} of {record.n} rows gives [{low:.4g}, {high:.4g}]: no run writes that."
+        )
+
+
+def _counted(record: Record) -> Estimate:
+    if record.n is None or abs(record.value * record.n - round(record.value * record.n)) > 1e-6 * max(1, record.n):
+        raise ValueError(
+            f"`{record.metric}` on record must be a share of counted rows, got {record.value!r} of {record.n}: no run "
+            "writes that."
+        )
+    return wilson(round(record.value * record.n), record.n)

@@ -4,7 +4,7 @@
 |---|---|---|
 | `offline:minilm` | `sentence-transformers/all-MiniLM-L6-v2` | the installed package |
 | `owner/name` | itself | the Hub |
-| a folder | what its card or `publication.json` names, or nothing | the folder's `README.md` |
+| a folder (`./name`, `/name`, …) | what its card or `publication.json` names, or nothing | the folder's `README.md` |
 | another `offline:…`, or nothing | nothing | nowhere |
 """
 
@@ -49,11 +49,14 @@ def base_on_hub(base_model: str) -> str | None:
     """
     if base_model in ON_HUB:
         return ON_HUB[base_model]
-    if not base_model or base_model.startswith(OFFLINE):
-        return None
-    if Path(base_model).is_dir():
-        return _named_by(Path(base_model))
-    return base_model if is_hub_id(base_model) else None
+    if is_hub_id(base_model):
+        return base_model
+    return _named_by(Path(base_model).expanduser()) if is_folder(base_model) else None
+
+
+def is_folder(base: str) -> bool:
+    """Whether a base is a folder that is there. A run says `./name` of a relative one: `owner/name` is the Hub's everywhere."""
+    return bool(base) and not base.startswith(OFFLINE) and not is_hub_id(base) and Path(base).expanduser().is_dir()
 
 
 def _named_by(folder: Path) -> str | None:
@@ -64,7 +67,7 @@ def _named_by(folder: Path) -> str | None:
         found = card_metadata(str(folder)).get("base_model")
     if isinstance(found, list) and len(found) == 1:
         found = found[0]
-    return found if isinstance(found, str) and is_hub_id(found) and not Path(found).exists() else None
+    return found if isinstance(found, str) and is_hub_id(found) else None
 
 
 def card_metadata(base: str, *, api: HfApi | None = None) -> dict[str, Any]:
@@ -95,10 +98,8 @@ def _readme(base: str, api: HfApi | None) -> Path | None:
             return _file(Path(resolve(base)))
         except ValueError:  # the package is not installed
             return None
-    if not base or base.startswith(OFFLINE):
-        return None
-    if Path(base).is_dir():
-        return _file(Path(base))
+    if is_folder(base):
+        return _file(Path(base).expanduser())
     if not is_hub_id(base):
         return None
     try:

@@ -5,13 +5,24 @@
 Everything that comes from a run passes `plain` or `code`; what stands here is Markdown.
 """
 
+import re
 from typing import Any
 
 from hf_backdoor_defense.hub.evidence import Evidence, Publication
-from hf_backdoor_defense.hub.figures import FLOOR, QUALITY, columns, cost_table, figure_table
-from hf_backdoor_defense.hub.markdown import code, command_lines, local, plain, table
-from hf_backdoor_defense.hub.methods import ADAPTIVE, METHODS, TRIGGER_ONLY, UNTRIED, Method, bibtex, method_of
+from hf_backdoor_defense.hub.figures import FLOOR, QUALITY, WARM_UP, columns, cost_table, figure_table, outcome
+from hf_backdoor_defense.hub.markdown import code, command_lines, is_path, local, plain, table
+from hf_backdoor_defense.hub.methods import (
+    ADAPTIVE,
+    METHODS,
+    PURIFIED,
+    TRIGGER_ONLY,
+    UNTRIED,
+    Method,
+    bibtex,
+    method_of,
+)
 from hf_backdoor_defense.hub.usage import how_to_load, usage
+from hf_backdoor_defense.hub.warning import trigger_text, warning
 
 PROJECT = {  # CITATION.cff; a test compares
     "title": "hf_backdoor_defense: backdoor defenses as a plugin for Hugging Face Trainers",
@@ -21,20 +32,18 @@ PROJECT = {  # CITATION.cff; a test compares
 _MADE = {
     "fine_tuned": "fine-tuned from {base}",
     "cleaned": "made from {base} by continued pre-training",
-    "purified": "made from {base}, a finished classifier, with a few clean rows",
+    "purified": "made with a few clean rows from a finished classifier, {base}",
     "filter": "that looks at the inputs of a classifier made from {base}, and leaves that classifier as it is",
     "attacked": "attacked on purpose, made from {base}",
 }
-_ON_PURPOSE = {
-    "attacked": "These weights were backdoored on purpose{what}.",
-    "fine_tuned": "These weights were trained on data that was poisoned on purpose{what}, with {title}.",
-    "purified": "These weights come from a model that was backdoored on purpose{what}, then purified with {title}.",
-    "cleaned": "These weights come from a model that was backdoored on purpose{what}, then cleaned with {title}.",
-    "filter": "These weights belong to a filter for a model that was backdoored on purpose{what}.",
+BUILT_IN = {  # data that an installation brings, and what it is
+    "offline:docstrings": "sentences of the documentation of Python's standard library, labeled by topic: mail, concurrency, "
+    "numbers or files",
+    "offline:digits": "scikit-learn's scans of handwritten digits, 8 x 8 pixels, gray",
 }
+_LOW = 0.5  # an attack success below it may look like a cure
 _SHOWN = {"asr", "ftr", "far", "aasr", "masr"}  # what says something about triggers
-_DATA_ORDER = ("trained on", "clean rows", "text", "measured on", "trigger")
-_ATTACK_ORDER = ("attack", "trigger", "triggers", "target", "targets", "rate", "seed")
+_DATA_ORDER = ("trained on", "clean rows", "clean texts", "text", "measured on", "trigger")
 
 
 def context(evidence: Evidence, publication: Publication) -> dict[str, Any]:
@@ -56,8 +65,10 @@ def context(evidence: Evidence, publication: Publication) -> dict[str, Any]:
         "legend": legend(evidence),
         "seeds": seeds(evidence),
         "verdict": plain(local(evidence.verdict), length=4000, starts=True),
+        "several": len(evidence.payload.get("models") or []) > 1,
         "costs": table(costs) if len(costs) > 1 else "",
-        "hardware": hardware(evidence),
+        "cost_notes": cost_notes(evidence, costs),
+        "has_method": method is not None or bool(entry.activity or entry.inert),
         "inert": plain(local(entry.inert or "")),
         "activity": account(evidence),
         "measurable": bool(entry.measurement),
@@ -65,6 +76,7 @@ def context(evidence: Evidence, publication: Publication) -> dict[str, Any]:
         "how_to_load": how_to_load(evidence),
         "usage": usage(evidence, publication),
         "command": command_lines(evidence.command) if evidence.command else "",
+        "command_notes": command_notes(evidence, publication),
         "settings": settings(evidence),
         "versions": versions(evidence),
         "citations": citations(evidence, name),
@@ -87,22 +99,6 @@ def together(evidence: Evidence) -> list[dict[str, Any]]:
     return [fields for fields in known if isinstance(fields, dict) and fields.get("name")]
 
 
-def warning(evidence: Evidence, method: Method | None) -> str:
-    """The first line of a model with attacked weights, or nothing."""
-    entry = evidence.entry
-    if entry.attacked is None and entry.role != "attacked":
-        return ""
-    known = dict(entry.attacked or {})
-    if "trigger" in entry.data and not isinstance(known.get("trigger"), str):
-        known["trigger"] = entry.data["trigger"]
-    facts = [f"{key}: {_shown(known[key])}" for key in _ATTACK_ORDER if known.get(key) not in (None, "", [])]
-    what = f" ({'; '.join(facts)})" if facts else ""
-    first = _ON_PURPOSE[entry.role].format(what=what, title=method.title if method else "plain training")
-    if entry.role == "attacked":
-        return f"{first} Do not deploy them: they exist to test defenses."
-    return f"{first} Do not deploy them: the figures say what was measured, and nothing shows that no backdoor is left."
-
-
 def summary(evidence: Evidence, publication: Publication, method: Method | None) -> str:
     """What this is."""
     entry = evidence.entry
@@ -123,6 +119,9 @@ def summary(evidence: Evidence, publication: Publication, method: Method | None)
         for other in (method_of(fields["name"]) for fields in together(evidence)):
             sentence += f", together with {other.title}, which {other.does}"
         sentence += "."
+    first = plain(local(_first_sentence(evidence.verdict)))
+    came_out = outcome(evidence) or (f"What its run says: {first}" if first else "")
+    sentence += f" {came_out}" if came_out else ""
     if entry.labels and entry.role != "filter":
         shown = ", ".join(code(label, length=60) for label in entry.labels[:20])
         more = f" and {len(entry.labels) - 20} more" if len(entry.labels) > 20 else ""
@@ -135,9 +134,14 @@ def base(evidence: Evidence, publication: Publication) -> str:
     given, known = evidence.entry.base_model, publication.base_model
     if known:
         link = f"[{known}](https://huggingface.co/{known})"
-        return link if given == known or given.startswith("offline:") else f"a local copy or descendant of {link}"
+        if given.startswith("offline:"):
+            return f"{link} ({code(given)} below)"
+        return link if given == known else f"a local copy or descendant of {link}"
     if given.startswith("offline:"):
         return code(given)
+    if "models/seed-" in given:
+        own = given.startswith("models/")
+        return f"a model that {'the same' if own else 'another'} run of this package made, which is not on the Hub"
     return "a local model that is not on the Hub" if given else "random weights"
 
 
@@ -148,21 +152,36 @@ def threat(evidence: Evidence, publication: Publication, method: Method | None) 
         none = f"No defense: {method.title}, to compare with." if method else "No defense: plain training."
         lines.append(f"Defended against: {method.against}." if method and method.against else none)
     order = [key for key in _DATA_ORDER if key in entry.data] + [key for key in entry.data if key not in _DATA_ORDER]
+    simulated = entry.role != "attacked" and bool(_SHOWN & set(evidence.figures))
+    measured = entry.measurement
+    trigger = (
+        trigger_text(measured["trigger"], measured.get("target"), entry.labels)
+        if measured.get("trigger")
+        else str(entry.data.get("trigger", ""))
+    )
     for key in order:
-        said = str(entry.data[key])  # a trigger may look like a path, and is shown whole
+        if key == "trigger" and simulated:
+            continue
+        said = (
+            trigger if key == "trigger" else str(entry.data[key])
+        )  # a trigger may look like a path, and is shown whole
         shown = plain(said if key in ("trigger", "attack") else local(said), length=500)
         lines.append(f"{_capital(plain(key, length=80, starts=True))}: {shown}")
     if publication.datasets:
         links = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in publication.datasets)
         lines.append(f"Data sets on the Hub: {links}")
+    said = " ".join([*map(str, entry.data.values()), *(record.dataset for record in evidence.figures.values())])
+    lines += [
+        f"{code(name)} is built in: {what}." for name, what in BUILT_IN.items() if re.search(rf"{name}\b(?!-)", said)
+    ]
     attacks = list(dict.fromkeys(r.attack for r in evidence.figures.values() if r.attack not in ("none", "unknown")))
     if entry.role == "attacked":
         return lines
-    if _SHOWN & set(evidence.figures):
-        lines.append(
-            f"Simulated to measure it: {', '.join(plain(attack, length=80) for attack in attacks) or 'an attack'}."
-        )
-        lines.append("Not simulated: any other trigger, place or target, and an attacker who knows the method.")
+    if simulated:
+        named = plain(trigger, length=500) or ", ".join(plain(attack, length=80) for attack in attacks) or "an attack"
+        lines.append(f"Simulated to measure it: {named}.")
+        adaptive = ", and an attacker who knows the method" if method else ""
+        lines.append(f"Not simulated: any other trigger, place or target{adaptive}.")
     else:
         lines.append("Not simulated: any attack. No figure here is about triggers.")
     return lines
@@ -201,14 +220,31 @@ def account(evidence: Evidence) -> str:
     return table([["what", "value"], *rows]) if rows else ""
 
 
-def hardware(evidence: Evidence) -> str:
-    """What the seconds belong to."""
-    env = evidence.environment
+def cost_notes(evidence: Evidence, costs: list[list[str]]) -> str:
+    """What the costs belong to, and how far they can be trusted."""
+    env, titles, notes = evidence.environment, " ".join(costs[0]), []
     if env.get("gpu"):
-        return f"Measured on {plain(env['gpu'])}."
-    if env.get("cpus"):
-        return f"Measured on {env['cpus']} CPU cores ({plain(env.get('machine') or 'unknown')}), without a GPU."
-    return ""
+        notes.append(f"Measured on {plain(env['gpu'])}.")
+    elif env.get("cpus"):
+        notes.append(f"Measured on {env['cpus']} CPU cores ({plain(env.get('machine') or 'unknown')}), without a GPU.")
+    if "×" in titles:
+        notes.append("Ratios are over training without a defense.")
+    if "seconds" in titles or "time" in titles:
+        notes.append(f"Timed once{': small differences say nothing' if len(costs) > 2 else ''}.")
+        if WARM_UP in evidence.entry.data:
+            notes.append("The warm-up is not counted.")
+    return " ".join(notes)
+
+
+def command_notes(evidence: Evidence, publication: Publication) -> str:
+    """What the command leaves out, and what whoever runs it must have."""
+    words, notes = evidence.command, []
+    if any(local(word) != word for word in words):
+        notes.append("Paths of one machine are cut to their last part.")
+    options = [word for name, word in zip(words, words[1:], strict=False) if name != "--output_dir"]
+    if any(is_path(word) and word not in (*publication.datasets, publication.base_model) for word in options):
+        notes.append("Files and folders that it names are the publisher's, and not published here.")
+    return " ".join(notes)
 
 
 def limits(evidence: Evidence, method: Method | None) -> list[str]:
@@ -217,7 +253,7 @@ def limits(evidence: Evidence, method: Method | None) -> list[str]:
     if entry.role == "attacked":
         lines = ["What a defense does to these weights says something about this attack, and nothing about another."]
     else:
-        lines = [TRIGGER_ONLY if _SHOWN & set(own) else UNTRIED, ADAPTIVE]
+        lines = [TRIGGER_ONLY if _SHOWN & set(own) else UNTRIED, *([ADAPTIVE] if method else [])]
     if own and len(_seeds(evidence)) < 3:
         lines.append(
             "Fewer than three seeds: another seed may give other figures."
@@ -226,10 +262,17 @@ def limits(evidence: Evidence, method: Method | None) -> list[str]:
     if {"asr"} & set(own) and "ftr" not in evidence.of(FLOOR):
         lines.append("No model that was never poisoned was measured beside it, so that the floor of ASR is not known.")
     if own and method is not None and entry.role != "attacked" and not evidence.controls:
-        lines.append("No control was run beside it: what the method did beyond plain training is not known.")
+        what = (
+            "whether the classifier's own confidence flags as well"
+            if entry.role == "filter"
+            else "what the method did beyond plain training"
+        )
+        lines.append(f"No control was run beside it: {what} is not known.")
     if method is not None:
         for known in (method, *(method_of(fields["name"]) for fields in together(evidence))):
             lines += known.limits
+    if "asr" not in own or own["asr"].value >= _LOW:
+        lines = [line for line in lines if line != PURIFIED]
     if entry.role == "cleaned" and "asr" not in own:
         lines.append(
             "Fine-tune it on your task and measure it there: `hfbd train`, then `hfbd eval` with a simulated trigger."
@@ -274,6 +317,14 @@ def citations(evidence: Evidence, name: str) -> list[str]:
     return found
 
 
+def _first_sentence(text: str) -> str:
+    """
+    >>> _first_sentence("CA 0.87, v. good. This is about this trigger only.")
+    'CA 0.87, v. good.'
+    """
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", text.strip(), maxsplit=1)[0]
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -282,12 +333,6 @@ def _value(value: Any) -> str:
     return (
         f"{value:.4g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else plain(value, length=200)
     )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        value = [f"{key} {item}" for key, item in value.items()]
-    return plain(", ".join(map(str, value)) if isinstance(value, list) else value, length=200)
 
 
 def _word(value: Any) -> str:

@@ -7,7 +7,7 @@ beside the results (`Publication`), so that the card can be rendered again from 
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -137,4 +137,32 @@ def read_evidence(folder: str | Path, *, arm: str | None = None, seed: int | Non
             f"`{folder}` must name one model{'' if arm is None and seed is None else ' that fits'}, got {len(fitting)}. Choose "
             f"with one of: {names}."
         )
-    return Evidence(payload=payload, entry=fitting[0], records=records)
+    return Evidence(payload=payload, entry=_marked(folder, fitting[0]), records=records)
+
+
+def _marked(folder: Path, entry: ModelEntry) -> ModelEntry:
+    """The entry, with what stands beside its weights of an attack, or beside its base's, where the results do not say it."""
+    if entry.attacked is not None:
+        return entry
+    from hf_backdoor_defense.models import BACKDOOR_FILE, attack_on, backdoor_mark  # loads torch
+
+    if (folder / PUBLICATION).is_file():  # what a folder around a published one says is not about it
+        mark = folder / BACKDOOR_FILE
+        return replace(entry, attacked=json.loads(mark.read_text())) if mark.is_file() else entry
+    found = backdoor_mark(folder / entry.path)
+    if found is not None:
+        return replace(entry, attacked=json.loads(found.read_text()))
+    base = entry.base_model
+    of_base = (
+        attack_on(base) if is_local(base) and entry.role != "filter" else None
+    )  # a filter is made for attacked bases
+    return entry if of_base is None else replace(entry, attacked=of_base)
+
+
+def is_local(name: str) -> bool:
+    """Whether a run means a folder of its machine by `name`: it writes `./` before a relative one.
+
+    >>> is_local("./a/b"), is_local("/a"), is_local("owner/name")
+    (True, True, False)
+    """
+    return name.startswith((".", "/", "~"))

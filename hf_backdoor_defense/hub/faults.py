@@ -52,25 +52,25 @@ def _explain(error: BaseException, repo_id: str, state: str) -> Exception:
     nothing = state.partition(";")[
         0
     ]  # the rest says what the repository holds, which is not known after a commit of others
-    status, said = answer.response.status_code, _said(answer)
+    status, words = answer.response.status_code, said(answer)
     if status == 401:
         return ValueError(
             f"The token must be valid, but the Hub does not know it (401): {state}. {LOGIN} to a token that may write."
         )
     if status == 403:
         return ValueError(
-            f"The token must be allowed to write to `{repo_id}`, but the Hub says no (403{said}): {state}. Use one with write "
+            f"The token must be allowed to write to `{repo_id}`, but the Hub says no (403{words}): {state}. Use one with write "
             f"access and an account or organization that you belong to."
         )
     if isinstance(answer, RevisionNotFoundError):
         return ValueError(f"`{repo_id}` has no branch of that name: {state}. --revision (revision=) takes a branch.")
     if status == 404:
         return ValueError(
-            f"`{repo_id}` is not there, or the token may not see it (404{said}): {state}. Check the name."
+            f"`{repo_id}` is not there, or the token may not see it (404{words}): {state}. Check the name."
         )
     if status == 409:
         return ValueError(
-            f"`{repo_id}` was made in between, or is one that the token may not see (409{said}): {state}. Check who owns it."
+            f"`{repo_id}` was made in between, or is one that the token may not see (409{words}): {state}. Check who owns it."
         )
     if status == 412:
         return ValueError(
@@ -79,8 +79,8 @@ def _explain(error: BaseException, repo_id: str, state: str) -> Exception:
         )
     if status == 429 or status >= 500:
         why = "wants fewer requests" if status == 429 else "failed"
-        return ConnectionError(f"The Hub {why} ({status}{said}): {state}. Run the same command again later.")
-    return ValueError(f"The Hub refused what was sent to `{repo_id}` ({status}{said}): {state}.")
+        return ConnectionError(f"The Hub {why} ({status}{words}): {state}. Run the same command again later.")
+    return ValueError(f"The Hub refused what was sent to `{repo_id}` ({status}{words}): {state}.")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -98,8 +98,8 @@ def _answer(error: BaseException) -> HfHubHTTPError | None:
     return next((found for found in _chain(error) if isinstance(found, HfHubHTTPError)), None)
 
 
-def _said(answer: HfHubHTTPError) -> str:
-    # The server's own words, escaped: they may hold commands for the terminal.
+def said(answer: HfHubHTTPError) -> str:
+    """The server's own words, escaped: they may hold commands for the terminal."""
     words = " ".join((answer.server_message or "").split())[:300]
     return f": {words!r}" if words else ""
 

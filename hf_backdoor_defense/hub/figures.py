@@ -12,11 +12,13 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from huggingface_hub import EvalResult
 
+from hf_backdoor_defense.hub.bases import is_hub_id
 from hf_backdoor_defense.hub.evidence import Evidence, Publication
-from hf_backdoor_defense.hub.markdown import local, plain
+from hf_backdoor_defense.hub.markdown import is_path, local, plain
 from hf_backdoor_defense.reporting.html import cut, visible
 from hf_backdoor_defense.reporting.results import METRICS, Record
 
@@ -25,6 +27,8 @@ NOT_MEASURED = "not measured"
 NO_SCORES = ("der", "norm_ratio", "dose", "target_pull", "suspects", "target_suspected")  # nothing that data scores
 FLOOR = "clean_reference"
 BEFORE = "before: the model as it was given"
+WARMED_UP = "before: the model after its warm-up"
+WARM_UP = "warm-up"  # what an entry's `data` calls it
 
 # metric -> its type on the Hub, its column, what it is
 QUALITY = {
@@ -35,7 +39,7 @@ QUALITY = {
     "der": ("defense_effectiveness_rate", "DER", "(1 + fall of ASR − fall of CA) / 2, which says nothing without CA"),
     "frr": ("false_rejection_rate", "FRR", "the share of clean inputs that the filter flags"),
     "far": ("false_acceptance_rate", "FAR", "the share of triggered inputs that the filter lets pass"),
-    "coverage": ("coverage", "coverage", "the share of inputs that are not flagged"),
+    "coverage": ("coverage", "coverage", "the share of the scored inputs that are not flagged"),
     "selective_ca": ("selective_accuracy", "CA of accepted", "accuracy on the clean rows that are not flagged"),
     "auroc": ("roc_auc", "AUROC", "how well the scores separate triggered and clean: 0.5 is chance"),
     "aasr": ("average_attack_success_rate", "AASR", "attack success, mean over triggers and classes"),
@@ -43,8 +47,8 @@ QUALITY = {
     "precision": ("precision", "precision", "of as many most suspicious rows as were planted, the share that was planted"),
     "recall": ("recall", "recall", "of the planted rows, the share that was dropped"),
     "loss": ("loss", "loss", "loss on held-out text, in nats per token"),
-    "norm_ratio": ("norm_ratio", "norm ratio", "what is left of the norms of the pressed matrices"),
-    "dose": ("dose", "dose", "the sum of learning rates over the spread of the weights"),
+    "norm_ratio": ("norm_ratio", "norm ratio", "what is left of the norms of the pressed matrices; 1 is all"),
+    "dose": ("dose", "dose", "the sum of learning rates over the spread of the weights: how hard the norms were pressed"),
 }  # fmt: skip
 _COSTS = {
     "seconds": ("seconds", "{:.1f}"),
@@ -65,6 +69,12 @@ _ARMS = {
     "majority": "baseline: the most frequent class",
     "tfidf": "baseline: words without a neural network",
     "pixels": "baseline: pixels without a neural network",
+}
+_BRIEFLY = {
+    "undefended": "without a defense",
+    "fine_tuning": "plain fine-tuning",
+    "matched_decay": "a matching decay",
+    FLOOR: "never poisoned",
 }
 
 
@@ -105,15 +115,17 @@ def arm_rows(evidence: Evidence) -> list[tuple[str, Mapping[str, Record]]]:
     for record in evidence.records if entry.setting is None else []:
         if (record.defense, record.seed) == (name, entry.seed) and own[record.metric] is not record:
             earlier.setdefault(record.setting, {})[record.metric] = record
-    rows = [(_setting(setting), found) for setting, found in earlier.items()]
+    rows = [(_setting(setting, warm=WARM_UP in entry.data), found) for setting, found in earlier.items()]
     controls = [(_arm(arm, entry.role, found), found) for arm, found in evidence.controls.items()]
     before = [row for row, arm in zip(controls, evidence.controls, strict=True) if arm == "undefended"]
     rest = [row for row in controls if row not in before]
     return [*rows, *before, (f"**this model** ({plain(entry.arm, length=80)})", own), *rest]
 
 
-def _setting(setting: str) -> str:
-    return BEFORE if setting == "before" else f"the same arm, {plain(setting or 'default', length=80)}"
+def _setting(setting: str, *, warm: bool) -> str:
+    if setting == "before":
+        return WARMED_UP if warm else BEFORE
+    return f"the same arm, {plain(setting or 'default', length=80)}"
 
 
 def _arm(arm: str, role: str, found: Mapping[str, Record]) -> str:
@@ -139,9 +151,30 @@ def figure_table(evidence: Evidence) -> list[list[str]]:
     body = [
         [label, *(estimate(found.get(m) or (found.get("ftr") if m == "asr" else None)) for m in metrics)]
         for label, found in arm_rows(evidence)
-        if any(m in found or (m == "asr" and "ftr" in found) for m in metrics) or found is evidence.figures
+        if any(m in found or (m == "asr" and "ftr" in found) for m in metrics) or found == evidence.figures
     ]
     return [head, *body] if metrics else [head]
+
+
+def outcome(evidence: Evidence) -> str:
+    """What came out, in one sentence: attack success and accuracy beside the controls, or nothing where neither was measured.
+
+    Example: "Measured: attack success 0.047 (before 1.000, plain fine-tuning 0.998), clean accuracy 0.904 (before 0.944, …)."
+    """
+    own, found = evidence.figures, []
+    for metric in ("asr", "aasr", "ca"):
+        if metric not in own:
+            continue
+        others = []
+        for arm, records in evidence.controls.items():
+            record = records.get(metric) or (records.get("ftr") if metric == "asr" else None)
+            if record is not None and arm in _BRIEFLY:
+                before = arm == "undefended" and evidence.entry.role in ("purified", "cleaned")
+                others.append(f"{'before' if before else _BRIEFLY[arm]} {number(record.value)}")
+        what = QUALITY[metric][2].partition(":")[0].removesuffix(", mean over triggers and classes")
+        beside = f" ({', '.join(others)})" if others else ""
+        found.append(f"{what} {number(own[metric].value)}{beside}")
+    return f"Measured: {', '.join(found)}." if found else ""
 
 
 def type_of(metric: str) -> str:
@@ -156,9 +189,18 @@ def title_of(metric: str) -> str:
 
 def cost_table(evidence: Evidence) -> list[list[str]]:
     """Head and rows of what it took; only a head where nothing was counted."""
+    own, training = evidence.figures, evidence.payload.get("training")
     rows = arm_rows(evidence)
+    seconds = training.get("seconds") if isinstance(training, dict) else None
+    if seconds and own and "seconds" not in own:  # earlier runs of `hfbd clean` say the time beside the records
+        record = replace(next(iter(own.values())), metric="seconds", value=seconds, n=None, low=None, high=None)
+        rows = [(label, {**found, "seconds": record} if found == own else found) for label, found in rows]
     metrics = [metric for metric in COST if any(metric in found for _, found in rows)]
     head = ["", *(_COSTS[metric][0] for metric in metrics)]
+    if "seconds" in metrics:
+        counted = next((found["seconds"].n for _, found in rows if "seconds" in found), None)
+        scored = evidence.entry.role == "filter"
+        head[1] = f"seconds to score {counted or 'the'} inputs" if scored else "seconds of training"
     body = [[label, *(_cost(found.get(m)) for m in metrics)] for label, found in rows if set(metrics) & set(found)]
     return [head, *body]
 
@@ -169,9 +211,16 @@ def _cost(record: Record | None) -> str:
     return _COSTS[record.metric][1].format(record.value / (2**20 if record.metric == "peak_bytes" else 1))
 
 
-def dataset_name(record: Record) -> str:
-    """What the data is called, without folders of one machine and on one line."""
-    return visible(cut(" ".join(local(record.dataset).split()), 200))
+def dataset_name(record: Record, evidence: Evidence, publication: Publication) -> str:
+    """What the data is called: the name of a data set, or what kind of rows a file or a folder holds; never a path."""
+    name = record.dataset
+    head, _, part = name.partition(":")  # offline:digits, owner/name:config
+    named = part and is_hub_id(head) and not is_path(part)
+    if name in publication.datasets or named or not is_path(name):
+        return visible(cut(" ".join(local(name).split()), 200))
+    if evidence.entry.role == "filter":
+        return "held-out clean texts" if record.metric == "frr" else "scored texts"
+    return f"{'images' if 'image' in evidence.entry.pipeline_tag else 'texts'} of the publisher's own"
 
 
 def eval_results(evidence: Evidence, publication: Publication) -> list[EvalResult]:
@@ -189,14 +238,15 @@ def eval_results(evidence: Evidence, publication: Publication) -> list[EvalResul
     """
     order = {metric: index for index, metric in enumerate(dict.fromkeys((*QUALITY, *METRICS)))}
     found = [record for metric, record in evidence.figures.items() if metric not in COST]
-    datasets = list(dict.fromkeys(dataset_name(record) for record in sorted(found, key=lambda r: order[r.metric])))
+    names = {record.metric: dataset_name(record, evidence, publication) for record in found}
+    datasets = list(dict.fromkeys(names[metric] for metric in sorted(names, key=order.__getitem__)))
     # The Hub groups results by data set: in that order they come back as they were.
-    found.sort(key=lambda record: (datasets.index(dataset_name(record)), order[record.metric]))
+    found.sort(key=lambda record: (datasets.index(names[record.metric]), order[record.metric]))
     return [
         EvalResult(
             task_type=evidence.entry.pipeline_tag,
-            dataset_type=dataset_name(record),
-            dataset_name=dataset_name(record),
+            dataset_type=names[record.metric],
+            dataset_name=names[record.metric],
             metric_type=type_of(record.metric),
             metric_value=record.value,
             metric_name=_metric_name(record),

@@ -13,6 +13,7 @@ accepts what `hfbd push` publishes.
 """
 
 import json
+import pickletools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ _BEGINNINGS = {
     b"\x1f\x8b": "a gzip archive",
     b"\x93NUMPY": "a NumPy array, which may hold objects",
 }
+_KERNELS = r"_?(attn|attention|experts|moe)_implementation\w*|kernel_config|hub_kernel\w*"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -222,15 +224,39 @@ def _wrong_content(path: Path, names: set[str]) -> str | None:
         return None
     if path.suffix == ".png":
         return None if start == _PNG else "no PNG"
+    data = path.read_bytes()
+    if _runs_as_pickle(data):
+        return "a pickle in plain letters, which runs code when it is loaded"
     if path.suffix in (".model", ".spm"):  # SentencePiece: protocol buffers, read by a parser that runs nothing
         return None
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = data.decode("utf-8")
         return _names_code(path.name, json.loads(text), names) if path.suffix == ".json" else None
     except UnicodeDecodeError:
         return "no text"
     except (ValueError, RecursionError) as error:
         return f"no JSON ({error})"
+
+
+def _runs_as_pickle(data: bytes) -> bool:
+    """Whether a loader of pickles, handed these bytes, would call something: the old protocols are plain letters without a mark
+    at their beginning. The commands are listed, and none is followed.
+
+    >>> _runs_as_pickle(b"cbuiltins\\nprint\\n(S'x'\\ntR."), _runs_as_pickle(b"cat\\ndog\\n(\\n")
+    (True, False)
+    """
+    seen: set[str] = set()
+    try:
+        for command, _, _ in pickletools.genops(data):
+            seen.add(command.name)
+            arguments = {"TUPLE", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"} & seen
+            if command.name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX") and arguments and "GLOBAL" in seen:
+                return True
+            if command.name in ("INST", "OBJ") and "MARK" in seen:
+                return True
+    except (ValueError, UnicodeError, OverflowError):  # no command any more: a loader stops here as well
+        pass
+    return False
 
 
 def _names_code(name: str, values: Any, names: set[str]) -> str | None:
@@ -243,14 +269,38 @@ def _names_code(name: str, values: Any, names: set[str]) -> str | None:
         return f"names shards that are not there: {', '.join(missing)}" if missing else None
     if not isinstance(values, dict):
         return None
-    found = [key for key in ("auto_map", "custom_pipelines") if values.get(key)]
-    if found and name.endswith(("config.json", "processor.json")):
-        return f"`{found[0]}` names code of its own"
+    if name.endswith(("config.json", "processor.json")) and (found := _named_code(values)) is not None:
+        return found
     mapping = values.get("auto_mapping") if name == "adapter_config.json" else None
     library = mapping.get("parent_library") if isinstance(mapping, dict) else None
     if library is not None and str(library).partition(".")[0] != "transformers":
         return f"`auto_mapping` imports {library!r}"
     return None
+
+
+def _named_code(values: Any) -> str | None:
+    """The first key, at any depth, that makes transformers import code, or load a kernel from the Hub.
+
+    >>> _named_code({"text_config": [{"attn_implementation": {"": "owner/kernel"}}]})
+    "`attn_implementation` names a kernel, 'owner/kernel', which is code from the Hub"
+    >>> _named_code({"attn_implementation": "sdpa", "auto_map": {}})
+    """
+    if isinstance(values, list):
+        return next((found for value in values if (found := _named_code(value)) is not None), None)
+    if not isinstance(values, dict):
+        return None
+    for key, value in values.items():
+        if key in ("auto_map", "custom_pipelines") and value:
+            return f"`{key}` names code of its own"
+        if re.fullmatch(_KERNELS, key) and (kernel := next((t for t in _texts(value) if "/" in t), None)) is not None:
+            return f"`{key}` names a kernel, {kernel!r}, which is code from the Hub"
+    return _named_code(list(values.values()))
+
+
+def _texts(values: Any) -> list[str]:
+    if isinstance(values, dict | list):
+        return [text for value in (values.values() if isinstance(values, dict) else values) for text in _texts(value)]
+    return [values] if isinstance(values, str) else []
 
 
 def _raise_refused(folder: Path, refused: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ out. A GitHub table splits its rows at every `|` without a backslash, code spans
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 
 from hf_backdoor_defense.reporting.html import cut, visible
 
@@ -16,6 +17,7 @@ _SPECIAL = re.compile(
     r"[`*\[\]<|~&@{}]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?i:(?<=\bwww))\."
 )  # a _ inside a word is only itself
 _PATH = re.compile(r"(?<![\w/:.~])(?:(?:/[^\s/]+|~)(?:/[^\s/]+)+/?|[A-Za-z]:\\[^\s]+)")
+_FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".npz")
 _START = re.compile(r"^(\d*)([#+\-=>.)])")  # what begins a block where a line begins
 
 
@@ -96,3 +98,13 @@ def local(text: str) -> str:
         ('rows.csv: 300 texts', 'owner/name', 'of rows', 'a.csv')
     """
     return _PATH.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], text)
+
+
+def is_path(text: str) -> bool:
+    """Whether text may be a file or a folder; whoever knows that it is a Hub id asks before.
+
+    Example:
+        >>> [is_path(text) for text in ("rows.csv", "runs/model", "imdb", "offline:digits", "rows of the user", "0.05")]
+        [True, True, False, False, False, False]
+    """
+    return "/" in text or "\\" in text or text.startswith(("~", "./")) or PurePath(text).suffix.lower() in _FILES

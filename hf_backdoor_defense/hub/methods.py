@@ -29,10 +29,11 @@ class Paper:
 
     def short(self) -> str:
         """
-        >>> Paper(title="A Title", authors="Doe and Roe", venue="TACL 11", year="2023").short()
-        'Doe and Roe, *A Title*, TACL 11, 2023'
+        >>> Paper(title="A Title", authors="Doe and Roe and Poe", venue="TACL 11", year="2023").short()
+        'Doe, Roe and Poe, *A Title*, TACL 11, 2023'
         """
-        authors = self.authors.replace(" and others", " et al.")
+        *first, last = self.authors.split(" and ")
+        authors = f"{', '.join(first)}{' et al.' if last == 'others' else f' and {last}'}" if first else last
         year = "" if self.year in self.venue else self.year
         linked = f"arXiv {self.arxiv}" if self.arxiv else f"doi {self.doi}" if self.doi else ""
         return ", ".join(part for part in (authors, f"*{self.title}*", self.venue, year, linked) if part)
@@ -91,7 +92,7 @@ CLASSIFIER = "a backdoor in a finished classifier, with a few clean rows of one'
 ENCODER = "backdoors that the publisher of a pretrained encoder planted in it"
 INPUTS = "triggered inputs at a classifier's door"
 _RIVAL = "A loss to compare defenses with; nobody published it as a defense against backdoors here."
-_PURIFIED = (
+PURIFIED = (
     "A low attack success does not mean healed: a model that calls every triggered row something else has stopped "
     "the attacker "
     "only. R-Acc, the share of triggered rows that get their true label, says whether they are read again."
@@ -201,7 +202,7 @@ METHODS = {
         "clean rows holds the task",
         against=CLASSIFIER,
         limits=(
-            _PURIFIED,
+            PURIFIED,
             "It can cost accuracy, and it matters which weights are moved.",
             "The paper's evidence is about convolutional networks on images; for language models there is none.",
         ),
@@ -219,7 +220,7 @@ METHODS = {
         "again",
         against=CLASSIFIER,
         limits=(
-            _PURIFIED,
+            PURIFIED,
             "A suspected class is a hint and no verdict: classes of clean models are flagged, too.",
             "It looks for one target class, or few. Where it finds none, what is left is plain fine-tuning.",
             "With two classes the rows of a head say nothing; the units that feed it are scored instead, which no "
@@ -234,16 +235,16 @@ METHODS = {
     "ft_sam": Method(
         title="FT-SAM",
         does="fine-tunes on clean rows with sharpness-aware minimization, a control",
-        limits=(_PURIFIED,),
+        limits=(PURIFIED,),
     ),
     "fine_pruning": Method(
         title="fine-pruning",
         does="cuts the inputs of the head that clean rows use least, and fine-tunes, a control",
-        limits=(_PURIFIED,),
+        limits=(PURIFIED,),
         paper=Paper(title="Fine-Pruning", authors="Liu and others", venue="RAID 2018", year="2018", arxiv="1805.12185"),
     ),
     "fine_tuning": Method(
-        title="plain fine-tuning", does="goes on training with clean rows, a control", limits=(_PURIFIED,)
+        title="plain fine-tuning", does="goes on training with clean rows, a control", limits=(PURIFIED,)
     ),
     "psim": Method(
         title="PSIM",

@@ -25,8 +25,10 @@ from hf_backdoor_defense.hub.repository import (
     check_token,
     check_visibility,
     fetch,
+    holds,
     look,
     make,
+    make_branch,
     outdated_files,
 )
 from hf_backdoor_defense.hub.staging import Staged, stage
@@ -140,8 +142,13 @@ results. Finish the run with the command that started it, or name its --output_d
         place = make(api, repo_id, private=True if staged.attacked else private, revision=revision, token=token)
     check_visibility(place, private=private, attacked=staged.attacked)
     outdated = outdated_files(api, place, staged.files, token)
-    head = _commit(api, staged, place, outdated, revision=revision, token=token, message=commit_message)
-    return Published(url=url, commit=head, changed=head != place.head, deleted=outdated, **done)
+    if not place.branch:
+        place = make_branch(api, place, str(revision), token)
+    changed = bool(outdated) or not holds(api, place, staged.files, staged.checksums, token)
+    head = place.head
+    if changed:
+        head = _commit(api, staged, place, outdated, revision=revision, token=token, message=commit_message)
+    return Published(url=url, commit=head, changed=changed, deleted=outdated, **done)
 
 
 def _check_options(*, private: bool | None, revision: str | None, attacked: bool) -> None:
@@ -187,12 +194,8 @@ def _commit(
         operations.append(add)
     operations += [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in outdated]
     what = message or f"{entry.arm}, seed {entry.seed}: model, card and evidence"
-    empty = f"the new repository `{repo_id}` is there and empty"
-    state = f"{NOTHING}; {empty if place.made else f'`{repo_id}` is as it was'}"
     try:
-        with explained(repo_id, state):
-            if not place.branch:
-                api.create_branch(repo_id, branch=str(revision), revision=place.head, exist_ok=True, token=token)
+        with explained(repo_id, place.state):
             done = api.create_commit(
                 repo_id, operations, commit_message=what, revision=revision, parent_commit=place.head, token=token
             )

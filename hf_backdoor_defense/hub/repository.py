@@ -7,20 +7,23 @@
 | holds anything else, pickles, code | refused, and named: nobody's work is overwritten |
 | is a data set's or a Space's | refused, unless a model's stands beside it |
 
-Nothing here changes anything but `make`.
+Nothing here changes anything but `make` and `make_branch`.
 """
 
+import hashlib
 import re
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 
 from hf_backdoor_defense.hub.evidence import PUBLICATION
-from hf_backdoor_defense.hub.faults import LOGIN, explained
+from hf_backdoor_defense.hub.faults import LOGIN, explained, said
 from hf_backdoor_defense.hub.files import CARD, refused_names
 from hf_backdoor_defense.reporting.sealed import CHECKSUMS, read_checksums
 
@@ -30,14 +33,23 @@ _HUB_FILES = {".gitattributes"}
 
 @dataclass(frozen=True)
 class Place:
-    """A repository where a commit goes: the head that it is made on, the files there, who sees it, whether the branch exists."""
+    """A repository where a commit goes: the head that it is made on, the files there, who sees it, whether the branch exists;
+    and what this call made of it."""
 
     repo_id: str
     head: str
     names: frozenset[str]
     private: bool
     branch: bool
-    made: bool = False  # by this call
+    made: bool = False
+    made_branch: str | None = None
+
+    @property
+    def state(self) -> str:
+        """What the user has while nothing is committed."""
+        empty, same = f"the new repository `{self.repo_id}` is there and empty", f"`{self.repo_id}` is as it was"
+        beside = f", with a new branch `{self.made_branch}`" if self.made_branch else ""
+        return f"{NOTHING}; {empty if self.made else same}{beside}"
 
 
 def check_token(api: HfApi, token: str | None, repo_id: str) -> str:
@@ -109,6 +121,60 @@ def make(api: HfApi, repo_id: str, *, private: bool | None, revision: str | None
     if place is None:
         raise ConnectionError(f"`{repo_id}` was made, but is not there yet. Run the same command again.")
     return replace(place, made=True)
+
+
+def make_branch(api: HfApi, place: Place, branch: str, token: str) -> Place:
+    """Make the branch, at the head that was seen.
+
+    Raises:
+        ValueError: the Hub takes no such branch. ConnectionError.
+    """
+    unknown = (
+        f"{place.state}; whether the branch `{branch}` was made is not known, and the next push takes it either way"
+    )
+    with explained(place.repo_id, unknown):
+        try:
+            api.create_branch(place.repo_id, branch=branch, revision=place.head, exist_ok=True, token=token)
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (401, 403, 429) or status >= 500:
+                raise
+            refused = (
+                f"The Hub made no branch `{branch}` ({status}{said(error)}): {place.state}. Choose another name for it."
+            )
+        else:
+            refused = ""
+    if refused:
+        raise ValueError(refused)
+    return replace(place, branch=True, made_branch=branch)
+
+
+def holds(
+    api: HfApi, place: Place, files: Mapping[str, Path | bytes], checksums: Mapping[str, dict[str, Any]], token: str
+) -> bool:
+    """Whether the head that was seen has just these bytes in all of `files`; nothing is downloaded.
+
+    Args:
+        checksums: of files, with `sha256`. What the Hub keeps in Git has the hash of a blob: of `blob <size>\\0` and the bytes.
+
+    Raises:
+        ValueError, ConnectionError: the Hub refused, or was not reached.
+    """
+    if not place.names >= set(files):
+        return False
+    with explained(place.repo_id, place.state):
+        there = api.get_paths_info(place.repo_id, sorted(files), revision=place.head, token=token)
+    large = {file.path: file.lfs.sha256 for file in there if isinstance(file, RepoFile) and file.lfs is not None}
+    small = {file.path: file.blob_id for file in there if isinstance(file, RepoFile) and file.lfs is None}
+    for name, content in files.items():
+        if name in large and name in checksums:
+            same = large[name] == checksums[name]["sha256"]
+        else:
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            same = small.get(name) == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        if not same:
+            return False
+    return True
 
 
 def check_visibility(place: Place, *, private: bool | None, attacked: bool) -> None:

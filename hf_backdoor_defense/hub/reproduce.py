@@ -2,41 +2,45 @@
 
 | before | is checked |
 |---|---|
-| a model is built | its class is one of transformers; `config.json` describes no more weights than its files hold |
-| rows are read | the source is the caller's, or one that anybody can read: a Hub id or offline:… |
-| a base is loaded | its name is the one that the publication gives |
+| a model is built | `sizes.check_size`: its class is one of transformers, its configuration no larger than its files |
+| rows are read | they are the caller's, or anybody's: offline:…, or a Hub data set that is not large |
+| a base is loaded | its name is the one that the publication gives, its size is allowed |
 """
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError
 
+from hf_backdoor_defense.attacks.wording import trigger_line, trigger_words
 from hf_backdoor_defense.classifiers import Classifier, load_trained
+from hf_backdoor_defense.data import images, sources
 from hf_backdoor_defense.evaluation.metrics import wilson
 from hf_backdoor_defense.experiment.remeasure import remeasure
 from hf_backdoor_defense.experiment.rows import read_rows
 from hf_backdoor_defense.hub.agreement import Agreement, compare
 from hf_backdoor_defense.hub.bases import OFFLINE, ON_HUB, is_hub_id
 from hf_backdoor_defense.hub.evidence import Evidence, Publication
+from hf_backdoor_defense.hub.sizes import check_size
 from hf_backdoor_defense.pretrained import saved_sha256
 
 SCORES = {"ca": "ca", "asr": "asr", "ftr": "asr", "r_acc": "r_acc"}
 """Metric of a record -> the field of `BackdoorScores`; a clean reference's success is called FTR."""
-MOST_LAYERS = 10_000
 LARGEST_TRIGGER = 4096
+FEW = 50
+"""Rows below which a measurement says too little beside a record of more."""
+ROWS_GB = 1.0
+"""A data set that a stranger's record names is downloaded up to this size; the caller's own at any."""
+_BUILT_IN = (sources.OFFLINE, images.OFFLINE_IMAGES)
 _MEASUREMENT = {
     "kind", "task", "reader", "split", "limit", "held_out", "eval_rows", "text_column", "image_column", "label_column",
     "max_length", "trigger", "target", "seed", "rows_sha256",
 }  # fmt: skip
-_COUNTS = re.compile(r"(n|num)_.*(layer|block|expert|stage)s?|layers|depths?")
 
 
 class Unverifiable(ValueError):
@@ -66,43 +70,6 @@ def check_weights(folder: Path, evidence: Evidence, publication: Publication, *,
     return f"loaded; they are those that results.json is about (SHA-256 {found[:12]}…)"
 
 
-def check_size(folder: Path) -> None:
-    """Refuse a configuration that describes more than the weight files hold, before memory is taken for it.
-
-    Raises:
-        ValueError: that, or no configuration of a model of transformers.
-    """
-    import transformers
-    from safetensors import safe_open
-
-    values = json.loads((folder / "config.json").read_bytes())
-    for key, value in values.items():
-        for number in value if isinstance(value, list) else [value]:
-            if _COUNTS.fullmatch(key) and isinstance(number, int | float) and not 0 <= number <= MOST_LAYERS:
-                raise ValueError(f"config.json has {key} = {number!r}: no model is that deep")
-    named = values.get("architectures") or [None]
-    kind: Any = getattr(transformers, str(named[0]), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(
-            f"config.json names {named[0]!r}, which is no model of transformers: code of others is not run"
-        )
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        described = sum(parameter.numel() for parameter in kind(config).parameters())
-    stored = 0
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():
-                size = 1
-                for side in file.get_slice(name).get_shape():
-                    size *= side
-                stored += size
-    if described > stored:
-        raise ValueError(
-            f"config.json describes {described:,} weights, and the files hold {stored:,}: some would be random"
-        )
-
-
 def load_filter(folder: Path, evidence: Evidence, publication: Publication, *, max_gb: float) -> Any:
     """PSIM's filter on the base that it belongs to. Raises ValueError, or Unverifiable where there is no way to the base."""
     from hf_backdoor_defense.input_filters.psim import PSIMFilter
@@ -113,7 +80,7 @@ def load_filter(folder: Path, evidence: Evidence, publication: Publication, *, m
     if record["base_sha256"] != entry.weights_sha256:
         raise ValueError("filter.json and results.json name different bases")
     place = _public_base(evidence, publication)
-    _check_base_size(place, max_gb)
+    _check_hub_size(place, max_gb)
     try:
         base, _ = load_finished_classifier(place, num_labels=len(entry.labels))
     except (ValueError, OSError) as error:
@@ -136,23 +103,22 @@ def measured_again(
     """The model's figures beside what is measured now, and on which rows.
 
     Args:
-        task: where the rows are; None: where the record says, if anybody can read that. clean: texts, for a filter.
+        task: where the rows are; None: where the record says, if anybody can read that. Of rows that are not those of the record,
+            the record's `limit` and `eval_rows` take nothing. clean: texts, for a filter.
         all_rows: every row of `task`, and not the part that the run measured on.
         options: what else to measure by (columns, split, limit, max_length), over the record's.
 
     Raises:
         ValueError: the model is none, or the record is none of ours.
-        Unverifiable: nothing that could be measured, or rows that cannot be read.
+        Unverifiable: nothing that could be measured, rows that cannot be read, or too few.
     """
     if evidence.entry.role == "filter":
         return _rate(folder, evidence, publication, clean, options, max_gb)
     recorded = {metric: record for metric, record in evidence.figures.items() if metric in SCORES}
     measurement = _measurement(evidence.entry.measurement)
+    _check_trigger(evidence, measurement)
     if not recorded or (task is None and not measurement):
-        raise Unverifiable(
-            "the run measured nothing of this model that can be measured again here (a pretrained model: fine-tune it on your "
-            "task, and use hfbd eval there)"
-        )
+        raise Unverifiable(_why_not(evidence, bool(recorded)))
     if (folder / "adapter_config.json").is_file():
         classifier = _with_base(folder, evidence, publication, max_gb)
     else:
@@ -162,9 +128,10 @@ def measured_again(
     if all_rows or not measurement:
         how = {key: value for key, value in how.items() if key not in ("limit", "held_out", "eval_rows", "split")}
         how |= {"reader": "samples", "split": "test"}
-    how |= {"task": task or _readable(measurement.get("task")), **options}
+    how |= {"task": task or _readable(measurement.get("task"), max_gb), **options}
+    otherwise = None if task is None else {"limit": options.get("limit")}
     try:
-        found = remeasure(classifier, **how, progress=progress)
+        found = remeasure(classifier, **how, otherwise=otherwise, progress=progress)
     except (ValueError, OSError, TypeError) as error:
         raise Unverifiable(f"`{how['task']}` cannot be measured on: {error}") from error
     same = found.same_rows is True
@@ -173,9 +140,51 @@ def measured_again(
         estimate = getattr(found.scores, SCORES[metric])
         if estimate is None:
             raise Unverifiable(f"{metric} is on record, and the record does not say with which trigger")
+        _check_enough(metric, record.n, estimate.n)
         agreements.append(compare(record, estimate, same_rows=same))
     rows = "the very rows of the record" if same else "rows that are not, or not known to be, those of the record"
     return agreements, f"on {rows} ({how['task']})"
+
+
+def measured_trigger(evidence: Evidence) -> str | None:
+    """The trigger and the class that figures are measured with, in words, or None where none is."""
+    trigger, target = evidence.entry.measurement.get("trigger"), evidence.entry.measurement.get("target")
+    labels = evidence.entry.labels
+    if not isinstance(trigger, dict) or not trigger:
+        return None
+    named = labels[target] if isinstance(target, int) and 0 <= target < len(labels) else target
+    return f"{trigger_words(trigger)}, for the class {named}"
+
+
+def _check_trigger(evidence: Evidence, measurement: Mapping[str, Any]) -> None:
+    """That the trigger of the data is the one that is measured with: a card shows either."""
+    entry, trigger, target = evidence.entry, measurement.get("trigger"), measurement.get("target")
+    if not trigger or "trigger" not in entry.data:
+        return
+    if type(target) is not int or not 0 <= target < len(entry.labels):
+        raise ValueError(f"the target in results.json must be a class of the model, got {target!r}")
+    said, measured = entry.data["trigger"], trigger_line(trigger, entry.labels, target)
+    if said != measured:
+        raise ValueError(f"results.json names the trigger {str(said)[:200]!r}, and measures with {measured[:200]!r}")
+
+
+def _check_enough(metric: str, recorded: int | None, measured: int) -> None:
+    if recorded is not None and measured < min(recorded, FEW):
+        raise Unverifiable(
+            f"{metric} was measured on {measured} rows, too few to say anything of a record of {recorded}: give more with --task"
+        )
+
+
+def _why_not(evidence: Evidence, recorded: bool) -> str:
+    entry = evidence.entry
+    if recorded:
+        return "its results do not say on which rows it was measured: give labeled rows with --task"
+    if not entry.pipeline_tag.endswith("classification"):
+        return (
+            "the run measured nothing of this model that can be measured again here (it is no classifier: fine-tune it on your "
+            "task, and use hfbd eval there)"
+        )
+    return "its results hold no accuracy and no attack success of this model: measure it with hfbd eval"
 
 
 def _rate(
@@ -193,6 +202,7 @@ def _rate(
         texts = [row[column] for row in read_rows(clean, column)]
     except (ValueError, OSError) as error:
         raise Unverifiable(str(error)) from error
+    _check_enough("frr", evidence.figures["frr"].n, len(texts))
     flagged = load_filter(folder, evidence, publication, max_gb=max_gb).flag(texts)
     found = compare(evidence.figures["frr"], wilson(int(flagged.sum()), len(texts)), same_rows=False)
     return [found], f"on clean texts of yours ({clean})"
@@ -206,17 +216,21 @@ def _public_base(evidence: Evidence, publication: Publication) -> str:
     return place
 
 
-def _check_base_size(place: str, max_gb: float) -> None:
-    if place.startswith(OFFLINE) or constants.HF_HUB_OFFLINE:  # nothing will be downloaded
+def _check_hub_size(name: str, max_gb: float, *, data: bool = False) -> None:
+    """Refuse to download a base, or a data set, that is larger. Raises Unverifiable, also where its size is not known."""
+    if name in _BUILT_IN or name.startswith(OFFLINE) or constants.HF_HUB_OFFLINE:  # nothing will be downloaded
         return
+    what, ask = ("data set", HfApi().dataset_info) if data else ("base", HfApi().model_info)
     try:
-        files = HfApi().model_info(place, files_metadata=True).siblings or []
+        files = ask(name, files_metadata=True).siblings or []
     except (OSError, ValueError, HTTPError) as error:
-        raise Unverifiable(f"its base `{place}` cannot be asked for ({error})") from error
-    total = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
-    if total > max_gb * 1e9:
+        raise Unverifiable(f"its {what} `{name}` cannot be asked for ({error})") from error
+    sizes = [file.size for file in files if data or file.rfilename.endswith(".safetensors")]
+    total = sum(size or 0 for size in sizes)
+    if total > max_gb * 1e9 or (data and None in sizes):
+        do = "give its rows, or others of the same task, with --task" if data else "--max_gb"
         raise Unverifiable(
-            f"its base `{place}` has {total / 1e9:.1f} GB, more than the {max_gb:g} GB allowed (--max_gb)"
+            f"its {what} `{name}` has {total / 1e9:.1f} GB or more, and {max_gb:g} GB are allowed ({do})"
         )
 
 
@@ -228,7 +242,7 @@ def _with_base(folder: Path, evidence: Evidence, publication: Publication, max_g
         raise ValueError(f"the adapter names the base {named!r}, its publication {publication.base_model!r}")
     given = evidence.entry.base_model
     place = given if ON_HUB.get(given) == named else str(named)
-    _check_base_size(place, max_gb)
+    _check_hub_size(place, max_gb)
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True)
         changed = {**values, "base_model_name_or_path": place, "revision": None}
@@ -251,10 +265,16 @@ def _measurement(values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _readable(task: Any) -> str:
-    """A source that anybody can read: a file named by a stranger is not looked for here."""
+def _readable(task: Any, max_gb: float) -> str:
+    """A source that anybody can read. Whatever else a stranger names, a file most of all, is not looked for here."""
     name = task if isinstance(task, str) else ""
-    if name.startswith(OFFLINE) or (is_hub_id(name.partition(":")[0]) and not Path(name).exists()):
+    if name in _BUILT_IN:
+        return name
+    repository, _, _ = name.partition(":")
+    is_file = PurePath(repository).suffix.lower() in {*sources.FORMATS, ".npz"}
+    # The reader takes a path that exists before a Hub id: then the rows must be named by whoever verifies.
+    if repository.count("/") == 1 and is_hub_id(repository) and not is_file and not Path(name).exists():
+        _check_hub_size(repository, min(max_gb, ROWS_GB), data=True)
         return name
     raise Unverifiable(
         f"it was measured on rows of its publisher ({name[:80]!r}): give them, or others of the same task, with --task"

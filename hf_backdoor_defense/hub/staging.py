@@ -4,8 +4,8 @@
     RUN/results.json, report.html, *.png ├─>  files of the repository, and checksums.json over all of them
     card, publication.json, .eval_results ┘
 
-The same run and options give the same bytes. Nothing of the run is changed or copied: weights stay where they are, and are read
-once, by the check of the run's seal.
+The same run and options give the same bytes. Nothing of the run is changed: weights stay where they are, and are read once, by
+the check of the run's seal; everything else is read into memory here, so that what is sent is what was checked.
 """
 
 import hashlib
@@ -19,19 +19,19 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from hf_backdoor_defense.filters import FILTER_FILE
 from hf_backdoor_defense.hub.bases import ON_HUB, base_on_hub, is_hub_id
 from hf_backdoor_defense.hub.card import eval_files, render_card
 from hf_backdoor_defense.hub.evidence import PUBLICATION, Evidence, Publication, read_evidence
-from hf_backdoor_defense.hub.files import CARD, REPORT, check_contents, publishable, refused_names
+from hf_backdoor_defense.hub.files import CARD, REPORT, Publishable, check_contents, publishable, refused_names
 from hf_backdoor_defense.hub.licenses import check_license, inherited_license
-from hf_backdoor_defense.models import BACKDOOR_FILE, backdoor_mark
+from hf_backdoor_defense.models import BACKDOOR_FILE
 from hf_backdoor_defense.reporting.results import _json
 from hf_backdoor_defense.reporting.sealed import (
     CHECKSUMS,
     RESULTS,
     SCHEMA,
     check_sealed,
-    file_sha256,
     read_checksums,
 )
 
@@ -111,17 +111,12 @@ def stage(
     place = folder / entry.path
     if not place.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"`{folder}` names a model outside of it ({entry.path!r}): no run writes that. Run again.")
-    mark = backdoor_mark(place)
-    is_attacked = entry.role == "attacked" or entry.attacked is not None or mark is not None
+    is_attacked = entry.role == "attacked" or entry.attacked is not None
     if is_attacked and not attacked:
         raise ValueError(
-            f"`{place}` must not be published by mistake: it was attacked on purpose ({BACKDOOR_FILE}), and whoever loads it may "
-            "get the backdoor. Say --attacked (attacked=True) to publish it into a private repository whose card says so first."
-        )
-    if mark is not None and entry.attacked is None:
-        raise ValueError(
-            f"`{mark}` says that the model was attacked, and the results do not: the card would not say it either. Run again "
-            "with this version."
+            f"`{place}` must not be published by mistake: it was attacked on purpose, or its base was ({BACKDOOR_FILE}), and "
+            "whoever loads it may get the backdoor. Say --attacked (attacked=True) to publish it into a private repository whose "
+            "card says so first."
         )
     reasons = [*evidence.failures, *([f"INERT: {entry.inert}"] if entry.inert else [])]
     if reasons and not force:
@@ -130,8 +125,11 @@ def stage(
             "model for defended. Run again with other settings, or say --force (force=True): then the card says so first."
         )
     found = publishable(place)
-    sealed = _check_seal(folder, place, found.files, found.left_out)
+    left_out = dict(found.left_out)
+    shown = _shown(folder, left_out)
+    sealed = _check_seal(folder, place, found, shown)
     check_contents(place, found.files)
+    check_contents(folder, shown)
     base = base_model or (base_on_hub(entry.base_model) if entry.base_model else None)
     license_id, notes = _license(license, base_model or entry.base_model, dry_run=dry_run, api=api)
     publication = Publication(
@@ -145,22 +143,21 @@ def stage(
         forced=bool(reasons),
     )
     card = render_card(evidence, publication)
-    files: dict[str, Path | bytes] = {name: place / name for name in found.files}
+    files = {name: _read(place / name, sealed) for name in found.files}
     if entry.attacked is not None and BACKDOOR_FILE not in files:  # it may stand above; loaders look beside the weights
         files[BACKDOOR_FILE] = _json({"backdoored": True, **entry.attacked}, indent=2)
-    if ADAPTER_FILE in files and entry.role != "filter":  # a filter's is bound to its thresholds by its hash
+    if ADAPTER_FILE in files:
         files[ADAPTER_FILE] = _with_base(place / ADAPTER_FILE, base)
-    shown = [path for path in (folder / REPORT, *sorted(folder.glob("*.png"))) if path.is_file()]
-    shown = [
-        path for path in shown if not refused_names([path.name])
-    ]  # a plot of the user's own may be called anything
-    check_contents(folder, [path.name for path in shown])
-    files.update({path.name: path for path in shown})
-    files[RESULTS] = folder / RESULTS
+        if FILTER_FILE in files:
+            files[FILTER_FILE] = _bound_again(place / FILTER_FILE, base, bytes(files[ADAPTER_FILE]))
+    files.update({name: _read(folder / name, sealed) for name in (*shown, RESULTS)})
     files[CARD] = str(card).encode()
     files[PUBLICATION] = _json(publication.to_dict(), indent=2)
     files.update(eval_files(evidence, publication))
-    checksums = {name: _about(content, sealed) for name, content in sorted(files.items())}
+    checksums = {
+        name: _about(content) if isinstance(content, bytes) else sealed[content]
+        for name, content in sorted(files.items())
+    }
     files[CHECKSUMS] = _json({"schema": SCHEMA, "files": checksums}, indent=2)
     return Staged(
         evidence=evidence,
@@ -168,7 +165,7 @@ def stage(
         card=card,
         files=dict(sorted(files.items())),
         checksums=checksums,
-        left_out=found.left_out,
+        left_out=left_out,
         attacked=is_attacked,
         notes=notes,
     )
@@ -206,13 +203,13 @@ datasets. Name it without `datasets/`.
 def _datasets(evidence: Evidence) -> list[str]:
     """What the model's own figures were measured on, where that is on the Hub."""
     names = dict.fromkeys(record.dataset for record in evidence.figures.values())
-    return [name for name in names if name.count("/") == 1 and is_hub_id(name) and not Path(name).exists()]
+    return [name for name in names if name.count("/") == 1 and is_hub_id(name)]
 
 
 def _license(given: str | None, base: str, *, dry_run: bool, api: HfApi | None) -> tuple[str, list[str]]:
     if given is not None:
         return check_license(given), []
-    if dry_run and base and base not in ON_HUB and not Path(base).is_dir() and is_hub_id(base):
+    if dry_run and base and base not in ON_HUB and is_hub_id(base):
         return "unknown", [
             f"license: shown as unknown; publishing asks the Hub for that of {base}, or takes --license ID"
         ]
@@ -226,21 +223,44 @@ def _license(given: str | None, base: str, *, dry_run: bool, api: HfApi | None) 
     return inherited, []
 
 
-def _check_seal(
-    folder: Path, place: Path, names: Sequence[str], left_out: Mapping[str, str]
-) -> dict[Path, dict[str, Any]]:
-    """By local file, what the run's seal says of it: the results and this model's files, all of them unchanged."""
+def _shown(folder: Path, left_out: dict[str, str]) -> list[str]:
+    """Report and plots that the run drew and sealed; others of such a name are added to `left_out`."""
+    sealed = read_checksums(folder)
+    found = []
+    for path in (folder / REPORT, *sorted(folder.glob("*.png"))):
+        if not path.is_file():
+            continue
+        if path.name in sealed and not refused_names([path.name]):
+            found.append(path.name)
+        else:
+            again = ": hfbd report makes it anew" if path.name == REPORT else ""
+            left_out[path.name] = f"not drawn by the run, whose checksums do not name it{again}"
+    return found
+
+
+def _check_seal(folder: Path, place: Path, found: Publishable, shown: Sequence[str]) -> dict[Path, dict[str, Any]]:
+    """By local file, what the run's seal says of it: results, what was drawn of them, and this model's files; all unchanged."""
     prefix = "" if place.resolve() == folder.resolve() else place.relative_to(folder).as_posix() + "/"
     sealed = read_checksums(folder)
-    own = {name for name in sealed if name.startswith(prefix) and name.removeprefix(prefix) not in left_out}
-    checked = check_sealed(folder, only={RESULTS, *own})
-    added = [name for name in names if prefix + name not in checked]
+    own = {name for name in sealed if name.startswith(prefix) and name.removeprefix(prefix) not in found.left_out}
+    checked = check_sealed(folder, only={RESULTS, *own, *shown})
+    added = [name for name in found.files if prefix + name not in checked]
     if RESULTS not in checked or added:
         raise ValueError(
             f"`{folder}` must be as its run left it, but {CHECKSUMS} does not name {', '.join(added or [RESULTS])}: nothing says "
             "that the figures are this model's. Take what was added away, or run again in another folder."
         )
-    return {folder / name: about for name, about in checked.items()}
+    return {folder / name: {key: about[key] for key in ("sha256", "bytes")} for name, about in checked.items()}
+
+
+def _read(path: Path, sealed: Mapping[Path, dict[str, Any]]) -> Path | bytes:
+    """The bytes of a file as it was sealed; of weights, which may not fit into memory, the path."""
+    if path.suffix == ".safetensors":
+        return path
+    data = path.read_bytes()
+    if _about(data) != sealed[path]:
+        raise ValueError(f"`{path}` must stay as it is while it is published, and was changed meanwhile. Push again.")
+    return data
 
 
 def _with_base(path: Path, base: str | None) -> bytes:
@@ -253,9 +273,13 @@ def _with_base(path: Path, base: str | None) -> bytes:
     return _json({**json.loads(path.read_bytes()), "base_model_name_or_path": base}, indent=2)
 
 
-def _about(content: Path | bytes, sealed: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
-    if isinstance(content, bytes):
-        return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    if content in sealed:
-        return {key: sealed[content][key] for key in ("sha256", "bytes")}
-    return {"sha256": file_sha256(content), "bytes": content.stat().st_size}
+def _bound_again(path: Path, base: str | None, adapter: bytes) -> bytes:
+    """A filter's record that names the base where others find it, bound to the adapter's configuration that does so too."""
+    record = json.loads(path.read_bytes())
+    revision = record.get("base_revision") if record.get("base") == base else None
+    files = {**record["files"], ADAPTER_FILE: hashlib.sha256(adapter).hexdigest()}
+    return _json({**record, "base": base, "base_revision": revision, "files": files}, indent=2)
+
+
+def _about(content: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}

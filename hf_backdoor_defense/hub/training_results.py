@@ -3,7 +3,7 @@
 | in `results.json` | from |
 |---|---|
 | CA, ASR, R-Acc with intervals | scores that were passed (`evaluate_backdoor`), else the last of a `BackdoorEvalCallback` |
-| `evaluation` | the last `eval_*` of the log, all of them under their names; a language model's `eval_loss` is a record as well |
+| `evaluation` | the last `eval_*` logged of these weights, by name; a language model's `eval_loss` is a record, too |
 | method, activity, INERT, evidence | the objectives |
 | data, settings | the data sets, the training arguments |
 """
@@ -17,7 +17,7 @@ from typing import Any
 from hf_backdoor_defense.evaluation.callback import last_scores
 from hf_backdoor_defense.evaluation.evaluator import BackdoorScores
 from hf_backdoor_defense.experiment.arms import history
-from hf_backdoor_defense.models import BACKDOOR_FILE, OFFLINE_MODEL, backdoor_mark, mark_backdoored, resolve
+from hf_backdoor_defense.models import BACKDOOR_FILE, OFFLINE_MODEL, attack_on, mark_backdoored, resolve
 from hf_backdoor_defense.objectives import Objective, overrides
 from hf_backdoor_defense.pretrained import saved_sha256
 from hf_backdoor_defense.registry import ATTACKS, DETECTORS, PRETRAINING, PURIFIERS
@@ -78,33 +78,39 @@ def write_trained(
         raise ValueError(
             f"`{folder}` holds the results of another run, which are left as they are. Give the Trainer an output_dir of its own."
         )
-    scores, clean_reference_scores = _scores(trainer, scores, clean_reference_scores)
+    weights = saved_sha256(folder)
+    scores, clean_reference_scores = _scores(trainer, weights, scores, clean_reference_scores)
     _keep_marked(trainer, folder)
-    payload = _payload(trainer, folder, scores, clean_reference_scores)
+    payload = _payload(trainer, folder, weights, scores, clean_reference_scores)
     write_results(folder, payload)
     make_report([folder], folder / REPORT_NAME)
     return folder
 
 
 def _scores(
-    trainer: Any, scores: BackdoorScores | None, reference: BackdoorScores | None
+    trainer: Any, weights: str, scores: BackdoorScores | None, reference: BackdoorScores | None
 ) -> tuple[BackdoorScores | None, BackdoorScores | None]:
     """Those that were passed, now or before for these weights; else what was logged of them."""
-    step, kept, kept_reference = trainer.published_scores
-    if step == trainer.state.global_step:
+    of_weights, kept, kept_reference = trainer.published_scores
+    if of_weights == weights:
         scores, reference = scores or kept, reference or kept_reference
-    trainer.published_scores = trainer.state.global_step, scores, reference
-    if scores is None and not trainer.args.load_best_model_at_end:  # which has put other weights back since
-        scores = last_scores(trainer.state.log_history, step=trainer.state.global_step)
-    return scores, reference
+    trainer.published_scores = weights, scores, reference
+    return scores or last_scores(trainer.state.log_history, step=_step(trainer)), reference
+
+
+def _step(trainer: Any) -> int:
+    """At which update the trainer has its weights from: `load_best_model_at_end` puts those of an earlier one back."""
+    state = trainer.state
+    earlier = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return int(state.best_global_step if earlier else state.global_step)
 
 
 def _payload(
-    trainer: Any, folder: Path, scores: BackdoorScores | None, reference: BackdoorScores | None
+    trainer: Any, folder: Path, weights: str, scores: BackdoorScores | None, reference: BackdoorScores | None
 ) -> dict[str, Any]:
     objectives, log = trainer.objectives, trainer.state.log_history
-    evaluation = _evaluation(log)
-    entry = _entry(trainer, folder, scores, reference)
+    evaluation = _evaluation(log, step=_step(trainer))
+    entry = _entry(trainer, folder, weights, scores, reference)
     arm, seed = entry.arm, entry.seed
     failures = [f"INERT: {o.name}: {reason}" for o in objectives if (reason := o.inert())]
     if objectives and not trainer.state.global_step:
@@ -138,7 +144,9 @@ def _payload(
     }  # fmt: skip
 
 
-def _entry(trainer: Any, folder: Path, scores: BackdoorScores | None, reference: BackdoorScores | None) -> ModelEntry:
+def _entry(
+    trainer: Any, folder: Path, weights: str, scores: BackdoorScores | None, reference: BackdoorScores | None
+) -> ModelEntry:
     model = trainer.accelerator.unwrap_model(trainer.model)
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     task = next((task for end, task in _TASKS.items() if type(core).__name__.endswith(end)), "feature-extraction")
@@ -165,7 +173,7 @@ def _entry(trainer: Any, folder: Path, scores: BackdoorScores | None, reference:
         role=_role(objectives, marked=mark.is_file()),
         pipeline_tag=task,
         base_model=_base_model(model),
-        weights_sha256=saved_sha256(folder),
+        weights_sha256=weights,
         library="peft" if adapter else "transformers",
         relation="adapter" if adapter else "finetune",
         labels=labels,
@@ -249,10 +257,10 @@ def _activity(objectives: list[Objective]) -> dict[str, float]:
     return {(f"{o.name}/{key}" if several else key): value for o in objectives for key, value in o.activity().items()}
 
 
-def _evaluation(log: list[dict[str, Any]]) -> dict[str, float]:
-    """The last value of each `eval_*`, finite ones."""
+def _evaluation(log: list[dict[str, Any]], *, step: int) -> dict[str, float]:
+    """The last value of each `eval_*` that was measured at a step, finite ones."""
     found = {}
-    for entry in log:
+    for entry in [entry for entry in log if entry.get("step") == step]:
         for name, value in entry.items():
             plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             # How fast an evaluation was is another number each time.
@@ -295,10 +303,10 @@ def _keep_marked(trainer: Any, folder: Path) -> None:
         return
     attacks = [o for o in trainer.objectives if o.name in ATTACKS]
     base = _base_model(trainer.accelerator.unwrap_model(trainer.model))
-    before = backdoor_mark(base) if base and Path(base).is_dir() else None
+    before = attack_on(base)
     if attacks:
         fields = {key: value for key, value in attacks[0].to_dict().items() if key != "name"}
         mark_backdoored(folder, {"attack": attacks[0].name, **fields, "seed": trainer.args.seed})
     elif before is not None:
         done = "+".join(o.name for o in trainer.objectives) or "fine_tuning"
-        mark_backdoored(folder, {**json.loads(before.read_text()), "cleaned": {"method": done}})
+        mark_backdoored(folder, {**before, "cleaned": {"method": done}})

@@ -32,7 +32,11 @@ def how_to_load(evidence: Evidence) -> str:
     """The sentence before the code."""
     entry = evidence.entry
     if entry.role == "filter":
-        return "The filter needs the very base that the classifier was made from; other weights are refused."
+        sha256 = entry.weights_sha256[:12]
+        return (
+            f"The filter belongs to one base, as it was downloaded: its weights have the SHA-256 `{sha256}…`, counted over the "
+            "tensors as `hf_backdoor_defense.models.weights_sha256` does. Other weights are refused."
+        )
     if _is_pretrained(evidence):
         return (
             "Load it whole: loaders that know one head drop the pooler or the masked-LM head, and whatever sat in there only "
@@ -73,11 +77,14 @@ def _filter(evidence: Evidence, publication: Publication) -> str:
             f'detector = {_FILTERS[name]}.from_pretrained("{repo}", model, tokenizer)  # the classifier that it guards',
         ]
     else:
-        base = f'"{publication.base_model}"' if publication.base_model else "base"
+        base, where = publication.base_model, f"SHA-256 {evidence.entry.weights_sha256[:12]}…"
+        if base is None:
+            base, where = "path/to/the/base", f"{where}: it is not on the Hub, and its owner must give it to you"
         lines = [
             "from hf_backdoor_defense import PSIMFilter",
             "",
-            f'detector = PSIMFilter.from_pretrained("{repo}", base={base})  # the very base, as downloaded',
+            f'base = "{base}"  # {where}',
+            f'detector = PSIMFilter.from_pretrained("{repo}", base=base)',
         ]
     return "\n".join([*lines, 'flagged = detector.flag(["a text"])  # True: do not trust the answer to it'])
 

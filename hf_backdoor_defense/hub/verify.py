@@ -9,15 +9,17 @@
 | weights | they load, and are those the results are about | who edits the results |
 | figures | measured again, they agree (`agreement.py`) | nobody, on the rows that were measured on |
 
-Only the last check is more than consistency. Exit code 0: all pass; 1: one failed; 2: none failed, and one could not be done.
+Only the last check is more than consistency. It names the trigger that was measured with: of others nothing is known. Exit code
+0: all pass; 1: one failed; 2: none failed, and one could not be done, such as a card that another version of this package worded.
 """
 
 import glob
+import json
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,16 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from hf_backdoor_defense.fetching import is_repository
-from hf_backdoor_defense.hub.agreement import Agreement
-from hf_backdoor_defense.hub.card import EVAL_FOLDER, eval_files, eval_results, render_card
+from hf_backdoor_defense.hub.agreement import Agreement, check_interval
+from hf_backdoor_defense.hub.card import CARD_LIMIT, EVAL_FOLDER, eval_files, eval_results, render_card
 from hf_backdoor_defense.hub.evidence import Evidence, Publication, read_evidence
 from hf_backdoor_defense.hub.faults import explained
 from hf_backdoor_defense.hub.files import CARD, REPORT, check_folder, refused_names
-from hf_backdoor_defense.hub.reproduce import Unverifiable, check_weights, measured_again
+from hf_backdoor_defense.hub.reproduce import Unverifiable, check_weights, measured_again, measured_trigger
 from hf_backdoor_defense.models import BACKDOOR_FILE
 from hf_backdoor_defense.reporting.html import cut, visible
-from hf_backdoor_defense.reporting.sealed import CHECKSUMS, file_sha256, read_checksums
+from hf_backdoor_defense.reporting.results import environment
+from hf_backdoor_defense.reporting.sealed import CHECKSUMS, RESULTS, file_sha256, read_checksums
 
 PASS, FAIL, SKIPPED, UNKNOWN = "pass", "fail", "skipped", "unknown"
 CHECKS = ("files", "checksums", "report", "card", "weights", "figures")
@@ -55,12 +58,14 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was checked of a published model, and what came out. `commit`: of the repository that was read, None for a folder."""
+    """What was checked of a published model, and what came out. `commit`: of the repository that was read, None for a folder.
+    `trigger`: what the figures were measured with again, in words, None where there was none."""
 
     source: str
     commit: str | None
     checks: list[Check]
     figures: list[Agreement] = field(default_factory=list)
+    trigger: str | None = None
 
     @property
     def exit_code(self) -> int:
@@ -81,11 +86,15 @@ class Verification:
         if len(passed) < 2:
             return "Nothing was verified."
         together = f"{', '.join(passed[:-1]).capitalize()} and {passed[-1]} belong together"
+        if by_name["card"].outcome == UNKNOWN:
+            together += "; the card's words could not be checked"
         if by_name["figures"].outcome == PASS:
             shown = ", ".join(figure.metric for figure in self.figures)
+            using = "" if self.trigger is None else f", with the trigger {self.trigger}"
+            other = "triggers that nobody simulated" if self.trigger is None else "any other trigger"
             return (
-                f"{together}, and {shown} hold on the rows they were measured on now. That says nothing about triggers that "
-                "nobody simulated, nor about figures that were not measured again."
+                f"{together}, and {shown} hold on the rows they were measured on now{using}. That says nothing about {other}, "
+                "nor about figures that were not measured again."
             )
         return (
             f"{together}. The figures are the publisher's claim: they were not measured again, and whoever edits results, card "
@@ -104,7 +113,7 @@ class Verification:
         return {
             "schema": 1, "source": self.source, "commit": self.commit, "exit_code": self.exit_code,
             "checks": [asdict(check) for check in self.checks], "figures": [figure.to_dict() for figure in self.figures],
-            "sentence": self.sentence,
+            "trigger": self.trigger, "sentence": self.sentence,
         }  # fmt: skip
 
 
@@ -130,12 +139,13 @@ def verify(
         source: ORG/NAME on the Hub, or a folder with the same content.
         revision: branch, tag or commit. task: rows to measure on, as for `hfbd train`; None: the record's own, if anybody can
             read them. clean: clean texts (.jsonl, .csv), to measure a filter's rate on.
-        all_rows: measure on every row of `task`, and not on the part of it that the run would have measured on.
+        all_rows: measure on every row of `task`. False: where they hold the rows of the record, on those; else on its test split.
         files_only: load and measure nothing; the figures are then the publisher's claim.
         allow_forced: let a model pass that was published in spite of a failed report. One attacked on purpose never passes.
         options: of `remeasure`, over the record's: text_column, image_column, label_column, split, limit, max_length.
-        max_gb: download nothing of a repository that is larger, and no base.
-        keep: a new folder to download to, so that what was verified can be loaded; None: removed afterwards.
+        max_gb: download nothing of a repository that is larger, and no base. A data set that only the record names: 1 GB.
+        keep: a new folder to download to, so that what was verified can be loaded; removed where its files do not pass. None:
+            removed afterwards.
         token: None: the one of HF_TOKEN or of the login. api: a client for another endpoint.
 
     Raises:
@@ -164,11 +174,15 @@ def verify(
         if refusal is not None:
             rest = [Check(name=n, outcome=SKIPPED, text=NOTHING) for n in CHECKS[1:]]
             return Verification(source=str(source), commit=commit, checks=[refusal, *rest])
-        checks, figures = _checks(
+        checks, figures, trigger = _checks(
             folder, names, task=task, clean=clean, all_rows=all_rows, files_only=files_only, allow_forced=allow_forced,
             options=options or {}, max_gb=max_gb, progress=progress,
         )  # fmt: skip
-    return Verification(source=str(source), commit=commit, checks=checks, figures=figures)
+        if keep is not None and checks[0].outcome != PASS:
+            shutil.rmtree(folder)
+            removed = f"{checks[0].text}; the download was removed"
+            checks[0] = replace(checks[0], text=removed)
+    return Verification(source=str(source), commit=commit, checks=checks, figures=figures, trigger=trigger)
 
 
 def _new_folder(folder: str | Path) -> Path:
@@ -222,7 +236,7 @@ def _download(
 
 def _checks(
     folder: Path, names: list[str] | None, *, files_only: bool, allow_forced: bool, **measuring: Any
-) -> tuple[list[Check], list[Agreement]]:
+) -> tuple[list[Check], list[Agreement], str | None]:
     done: dict[str, Check] = {}
     figures: list[Agreement] = []
 
@@ -239,6 +253,7 @@ def _checks(
         return outcome == PASS
 
     read: list[tuple[Evidence, Publication]] = []
+    trigger: list[str] = []
 
     def report() -> str:
         publication = Publication.read(folder)
@@ -248,6 +263,9 @@ def _checks(
     def figures_hold() -> str:
         found, where = measured_again(folder, *read[0], **measuring)
         figures.extend(found)
+        if any(figure.metric not in ("ca", "frr") for figure in found):
+            trigger.extend(filter(None, [measured_trigger(read[0][0])]))
+            where += f", with the trigger {trigger[0]}"
         if wrong := [figure.metric for figure in found if not figure.holds]:
             raise ValueError(f"{', '.join(wrong)} do not hold {where}")
         return f"{', '.join(figure.metric for figure in found)} hold {where}"
@@ -261,7 +279,7 @@ def _checks(
                 run("figures", figures_hold)
     why = "not asked for (files only)" if files_only else "an earlier check did not pass"
     checks = [done.get(name, Check(name=name, outcome=SKIPPED, text=why)) for name in CHECKS]
-    return checks, figures
+    return checks, figures, trigger[0] if trigger else None
 
 
 def _files(folder: Path) -> str:
@@ -272,8 +290,9 @@ def _files(folder: Path) -> str:
         text = (folder / REPORT).read_bytes().decode()
         # A browser that has read this policy runs no script and loads nothing; what could still lead away is a refresh.
         if not text.startswith(head) or len(re.findall(r"<meta[^>]*http-equiv", text, re.IGNORECASE)) != 1:
-            raise ValueError(
-                f"{REPORT} does not begin as ours do, with a policy by which it runs nothing: do not open it"
+            raise _unlike(
+                _version(folder),
+                f"{REPORT} does not begin as ours do, with a policy by which it runs nothing: do not open it",
             )
     return f"{len(names)} files, safetensors and known text only"
 
@@ -290,7 +309,10 @@ def _checksums(folder: Path, names: list[str] | None) -> str:
 
 def _report(folder: Path, evidence: Evidence, publication: Publication, *, allow_forced: bool) -> str:
     if evidence.entry.attacked is not None or evidence.entry.role == "attacked" or (folder / BACKDOOR_FILE).exists():
-        raise ValueError("these weights were attacked on purpose: whoever loads them gets the backdoor")
+        raise ValueError(
+            "these weights were attacked on purpose: whoever loads them gets the backdoor. Such a model "
+            "never passes: exit code 1 is as it should be"
+        )
     reasons = list(evidence.failures)
     if evidence.entry.inert:
         reasons.append(f"INERT: {evidence.entry.inert}")
@@ -304,23 +326,50 @@ def _report(folder: Path, evidence: Evidence, publication: Publication, *, allow
 
 
 def _card(folder: Path, evidence: Evidence, publication: Publication) -> str:
+    size, version = (folder / CARD).stat().st_size, _version(folder)
+    if size > CARD_LIMIT:
+        raise ValueError(f"{CARD} has {size} bytes, and no card of ours has more than {CARD_LIMIT}: it was not read")
+    for record in evidence.records:
+        check_interval(record)
     there, card = (folder / CARD).read_bytes().decode(), str(render_card(evidence, publication))
-    metadata: Any = ModelCard(there).data
     wanted = eval_results(evidence, publication)
-    if (metadata.eval_results or []) != wanted:
-        raise ValueError(f"model-index in {CARD} has other figures than results.json")
     if there != card:
+        metadata: Any = ModelCard(there).data
+        found = metadata.eval_results or []
+        if _values(found) != _values(wanted) or (found != wanted and version is None):
+            raise ValueError(f"model-index in {CARD} has other figures than {RESULTS}")
         pairs = zip([*there.splitlines(), ""], [*card.splitlines(), ""], strict=False)
         at = next((i for i, (one, other) in enumerate(pairs, 1) if one != other), 0)
-        raise ValueError(
-            f"{CARD} is not the card of its results (line {at}); one that another version of this package made may be worded "
-            "otherwise"
-        )
+        raise _unlike(version, f"{CARD} is not the card of its results (line {at})")
     wanted_files = eval_files(evidence, publication)
-    found = {p.relative_to(folder).as_posix() for p in (folder / EVAL_FOLDER).glob("*")}
-    if found != set(wanted_files) or any((folder / name).read_bytes() != made for name, made in wanted_files.items()):
-        raise ValueError(f"the files in {EVAL_FOLDER} are not those of its results")
+    names = {p.relative_to(folder).as_posix() for p in (folder / EVAL_FOLDER).glob("*")}
+    if names != set(wanted_files) or any((folder / name).read_bytes() != made for name, made in wanted_files.items()):
+        raise _unlike(version, f"the files in {EVAL_FOLDER} are not those of its results")
     return f"made again from the results it is the same, its model-index ({len(wanted)}) too"
+
+
+def _values(results: Any) -> list[tuple[str, str]]:
+    return sorted((str(result.metric_type), repr(result.metric_value)) for result in results)
+
+
+def _version(folder: Path) -> str | None:
+    """The version of this package that the results name, where it is another than this one; else None."""
+    try:
+        named = json.loads((folder / RESULTS).read_bytes())["records"][0]["env"]["hf_backdoor_defense"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return named if isinstance(named, str) and named != environment()["hf_backdoor_defense"] else None
+
+
+def _unlike(version: str | None, what: str) -> ValueError:
+    """What differs: a failure, or for results of another version, which may word it otherwise, nothing that can be told."""
+    if version is None:
+        return ValueError(what)
+    here = environment()["hf_backdoor_defense"]
+    return Unverifiable(
+        f"{what}; it was made by version {version[:40]!r} of this package, this is {here}, and they may word it otherwise: "
+        "verify it with that version"
+    )
 
 
 def _listed(named: dict[str, str]) -> str:

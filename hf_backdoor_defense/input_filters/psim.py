@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback
 
 from hf_backdoor_defense.adapters import has_adapter, remove_adapter, room
 from hf_backdoor_defense.defenses.psim import HELD_OUT, PSIM
-from hf_backdoor_defense.fetching import TOKENIZER_FILES, fetched, is_repository
+from hf_backdoor_defense.fetching import TOKENIZER_FILES, fetched
 from hf_backdoor_defense.filters import FILTER_FILE, Filter, read_filter, text_hash
 from hf_backdoor_defense.functional.thresholds import Calibration, Tail, log_confidence
 from hf_backdoor_defense.models import load_finished_classifier, text_logits, weights_sha256
@@ -268,24 +268,30 @@ class PSIMFilter(Filter):
 
         Args:
             folder: where it is; of ORG/NAME only the filter's own files are downloaded.
-            base: the base as downloaded, a model or where to load it from; None: what the repository names as its base, or
-                where the base was when the module was trained.
+            base: the base as downloaded, a model or where to load it from; None: what `publication.json` names as its base,
+                where the filter was published, or where the base was when the module was trained.
             allow_other_base: go on with other weights than it was calibrated on; the thresholds are then dropped.
             revision: of the repository: branch, tag or commit. token: None: the one of HF_TOKEN or of the login.
 
         Raises:
             ValueError: another base, no safetensors, no filter, no such repository.
         """
-        published = is_repository(folder)
         folder = fetched(folder, _FILES, revision=revision, token=token)
         record, calibration = read_filter(folder, cls.name)
-        if published and base is None:
+        if base is None:
             base = _published_base(folder)
         if not (folder / "adapter_model.safetensors").is_file():
             raise ValueError(
                 f"`{folder}` has no adapter_model.safetensors: other formats can run code and are not read here."
             )
+        if set(record["files"]) != set(BOUND_FILES):
+            raise ValueError(
+                f"`{folder / FILTER_FILE}` must be bound to {', '.join(BOUND_FILES)}, got {sorted(record['files'])}: no "
+                "filter is saved so. Get the whole folder anew."
+            )
         for name, sha256 in record["files"].items():
+            if not (folder / name).is_file():
+                raise ValueError(f"`{folder}` must hold {name}, and does not. Get the whole folder anew.")
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
                 raise ValueError(
                     f"`{folder / name}` is not the file that {FILTER_FILE} was written for: the thresholds would mean nothing. "

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from hf_backdoor_defense.reporting.results import write_bytes
 from hf_backdoor_defense.reporting.runs import Run, read_run
+from hf_backdoor_defense.reporting.sealed import seal_report
 from hf_backdoor_defense.reporting.sections import comparison, section
 
 REPORT_NAME = "report.html"
@@ -112,8 +113,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
         if places.count(place) > 1:
             raise ValueError(f"`{folder}` is given twice: a comparison shows each run once. Leave one out.")
     runs = [read_run(folder) for folder in folders]
-    output = checked_output(output)
-    return write_bytes(output, render(runs))
+    page = write_bytes(checked_output(output), render(runs))
+    return seal_report(folders[0], page) if len(runs) == 1 else page
 
 
 def checked_output(output: str | Path) -> Path:

@@ -16,7 +16,7 @@ from hf_backdoor_defense.reporting.html import checked_output, write_report
 from hf_backdoor_defense.reporting.plain import verb_of, write_plain
 from hf_backdoor_defense.reporting.purified import write_purified
 from hf_backdoor_defense.reporting.results import read_records
-from hf_backdoor_defense.reporting.sealed import RESULTS
+from hf_backdoor_defense.reporting.sealed import RESULTS, seal_report
 
 
 def make_report(folders: Sequence[str | Path], output: str | Path) -> Path:
@@ -50,7 +50,8 @@ def make_report(folders: Sequence[str | Path], output: str | Path) -> Path:
         if verb != "purify":
             return write_plain(name, output)
         payload = json.loads(path.read_bytes())
-        return write_purified(payload, read_records(path), output, name=Path(name).resolve().name)
+        page = write_purified(payload, read_records(path), output, name=Path(name).resolve().name)
+        return seal_report(name, page)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{path}: `{error}` is missing or not what `{verb}` writes there: the file was edited. Restore it, or run again."

@@ -23,6 +23,7 @@ from hf_backdoor_defense.reporting.entries import ModelEntry
 from hf_backdoor_defense.reporting.figures import Picture, bars, lines
 from hf_backdoor_defense.reporting.html import REPORT_NAME, _environment
 from hf_backdoor_defense.reporting.results import Record, read_records, write_bytes
+from hf_backdoor_defense.reporting.sealed import seal_report
 from hf_backdoor_defense.reporting.sections import Table, described, environment_in_words
 from hf_backdoor_defense.reporting.tables import Row, cells, seeds_note, summarize
 
@@ -155,7 +156,7 @@ def write_plain(folder: str | Path, output: str | Path | None = None) -> Path:
     records = read_records(path) if payload.get("records") else []  # where a filter could not be used there are none
     template = _environment().get_template("plain.html.j2")
     text = template.render(p=page(payload, records, name=folder.resolve().name))
-    return write_bytes(Path(output or folder / REPORT_NAME), (text.strip() + "\n").encode())
+    return seal_report(folder, write_bytes(Path(output or folder / REPORT_NAME), (text.strip() + "\n").encode()))
 
 
 def _title(verb: str, payload: Mapping[str, Any], records: Sequence[Record]) -> str:

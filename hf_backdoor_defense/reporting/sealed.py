@@ -2,21 +2,22 @@
 
     {"schema": 1, "files": {"results.json": {"sha256": "…", "bytes": 1234}, "model/model.safetensors": …}}
 
-Paths are relative to the folder of the file, with `/`. A run's covers its `results.json` and all files of its models; a published
-folder's covers every file but itself. It tells accidents and edits; who edits both files on purpose is not stopped by it: only
-measuring again is (`hfbd verify`).
+Paths are relative to the folder of the file, with `/`. A run's covers its `results.json`, all files of its models, and the report
+and plots that it drew of the results; a published folder's covers every file but itself. It tells accidents and edits; who edits
+both files on purpose is not stopped by it: only measuring again is (`hfbd verify`).
 """
 
 import hashlib
 import json
 from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_backdoor_defense.reporting.results import _json, write_bytes, write_json
+from hf_backdoor_defense.reporting.results import Record, _json, write_bytes, write_json
 
-CHECKSUMS, RESULTS = "checksums.json", "results.json"
-_BESIDE = (CHECKSUMS, RESULTS, "README.md", "report.html")
+CHECKSUMS, RESULTS, REPORT = "checksums.json", "results.json", "report.html"
+_BESIDE = (CHECKSUMS, RESULTS, "README.md", REPORT)
 SCHEMA = 1
 
 
@@ -44,7 +45,8 @@ def write_results(folder: str | Path, payload: Mapping[str, Any]) -> Path:
         ...     list(check_sealed(folder))
         ['results.json']
     """
-    folder, data = Path(folder), _json(payload, indent=2)
+    folder, payload = Path(folder), with_local_places(payload)
+    data = _json(payload, indent=2)
     files = {RESULTS: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
     for entry in payload.get("models", []):
         place = folder / entry["path"]
@@ -53,6 +55,79 @@ def write_results(folder: str | Path, payload: Mapping[str, Any]) -> Path:
         files.update(_listed(folder, _own_files(place)))
     write_json(folder / CHECKSUMS, {"schema": SCHEMA, "files": files})
     return write_bytes(folder / RESULTS, data)
+
+
+def seal_more(folder: str | Path, names: Iterable[str]) -> Path:
+    """Add files of a run's own to its checksums, or bring them up to date: what was drawn of the results after they were written.
+
+    Args:
+        names: relative to `folder`.
+
+    Raises:
+        ValueError: no checksums. OSError: no such file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = write_results(folder, {"schema": 1, "records": [], "models": []})
+        ...     _ = Path(folder, "plot.png").write_bytes(b"")
+        ...     _ = seal_more(folder, ["plot.png"])
+        ...     list(check_sealed(folder))
+        ['results.json', 'plot.png']
+    """
+    folder = Path(folder)
+    files = read_checksums(folder) | _listed(folder, [folder / name for name in names])
+    return write_json(folder / CHECKSUMS, {"schema": SCHEMA, "files": files})
+
+
+def seal_report(folder: str | Path, page: Path) -> Path:
+    """`page`, sealed where it is the report of the run in `folder` and that run is sealed. Raises ValueError, OSError."""
+    folder = Path(folder)
+    if page.resolve() == (folder / REPORT).resolve() and (folder / CHECKSUMS).is_file():
+        seal_more(folder, [REPORT])
+    return page
+
+
+def with_local_places(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The payload with `./` before each model and data set in it that is a relative path here: elsewhere, and later, `a/b` would
+    be taken for a name on the Hub.
+
+    >>> with_local_places({"models": [{"base_model": "owner/name"}], "records": []})
+    {'models': [{'base_model': 'owner/name'}], 'records': []}
+    """
+    models = [
+        {
+            **entry,
+            **{key: local_place(entry[key]) for key in ("base_model",) if key in entry},
+            **(
+                {"measurement": {**entry["measurement"], "task": local_place(entry["measurement"]["task"])}}
+                if entry.get("measurement", {}).get("task")
+                else {}
+            ),
+        }
+        for entry in payload.get("models", [])
+    ]
+    records = [
+        replace(record, dataset=local_place(record.dataset), model=local_place(record.model))
+        if isinstance(record, Record)
+        else record
+        for record in payload.get("records", [])
+    ]
+    return {**payload, **{key: value for key, value in (("models", models), ("records", records)) if key in payload}}
+
+
+def local_place(name: str) -> str:
+    """`./name` where that is a relative path that is there, else `name`.
+
+    >>> local_place("owner/name"), local_place("../data"), local_place("")
+    ('owner/name', '../data', '')
+    """
+    if not name or name.startswith((".", "/", "~", "offline:")):
+        return name
+    try:
+        return f"./{name}" if Path(name).exists() else name
+    except (OSError, ValueError):  # no name that a file can have
+        return name
 
 
 def check_sealed(folder: str | Path, *, only: Container[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -121,11 +196,7 @@ def _own_files(folder: Path) -> list[Path]:
 
 
 def _listed(root: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    # Relative to the run's folder also where the model lies in "." of it.
+    # Links are not followed to a name of their own: whether they may be published is judged when they would be.
     return {
-        path.resolve().relative_to(root.resolve()).as_posix(): {
-            "sha256": file_sha256(path),
-            "bytes": path.stat().st_size,
-        }
-        for path in paths
+        path.relative_to(root).as_posix(): {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in paths
     }

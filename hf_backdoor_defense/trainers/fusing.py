@@ -75,13 +75,19 @@ class Fusing:
         size = step.labels.numel() * vocabulary * 4 if vocabulary else 0
         if vocabulary and vocabulary < SMALL_VOCABULARY and fuse_bytes > 0:
             return self._logits("vocabulary", logging.INFO, f"a vocabulary of {vocabulary} is never fused")
-        if vocabulary and size < fuse_bytes:
-            return self._logits("small", logging.INFO, f"{size} bytes are less than fuse_bytes={fuse_bytes}")
+        # Processes that share a sharded model make the same forwards: its one question is asked with the first batch,
+        # whatever each one's size is.
+        asks = self._follows is None and _is_sharded(step.model)
+        is_small, small = vocabulary and size < fuse_bytes, f"{size} bytes are less than fuse_bytes={fuse_bytes}"
+        if is_small and not asks:
+            return self._logits("small", logging.INFO, small)
         reason = obstacle(step, core, head)
         if reason is not None:
             return self._logits(reason, logging.WARNING, reason)
         if self._follows is None:
             self._follows = follows_configuration(model, step.inputs)
+        if is_small:
+            return self._logits("small", logging.INFO, small)
         if not self._follows:
             reason = (
                 f"{type(core).__name__} does something to its logits after the output projection that its configuration does "
@@ -132,7 +138,11 @@ def obstacle(step: Step, core: nn.Module, head: nn.Module | None) -> str | None:
     for which, tensor in (("weight", head.weight), ("bias", head.bias)):
         if tensor is None:
             continue
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _FLOATS:
+        # FSDP2 makes whole, for the forward, what the model's outermost module owns; parts with hooks of their own see below.
+        is_whole = type(tensor) in (Tensor, nn.Parameter) or (
+            hasattr(tensor, "device_mesh") and _is_sharded(step.model)
+        )
+        if not is_whole or tensor.dtype not in _FLOATS:
             return f"the {which} of its output projection is a {type(tensor).__name__} of {tensor.dtype}, sharded or quantized"
         if tensor.is_meta or tensor.numel() == 0:
             return f"the {which} of its output projection is not in memory"
@@ -154,6 +164,11 @@ def obstacle(step: Step, core: nn.Module, head: nn.Module | None) -> str | None:
 
 def _is_compiled(model: nn.Module | None) -> bool:
     return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 (`fully_shard`) was applied to a model."""
+    return hasattr(model, "unshard")
 
 
 def forward_with_hidden(step: Step, core: nn.Module, loss: Callable[[Step], Tensor]) -> tuple[Tensor, Any]:
@@ -191,7 +206,13 @@ def forward_with_hidden(step: Step, core: nn.Module, loss: Callable[[Step], Tens
     finally:
         del head.forward  # the instance attribute; the class's own forward is back
     step.outputs = outputs
-    return kept[0], outputs
+    values = kept[0]
+    if _is_sharded(step.model):
+        # FSDP2 makes the weights whole again when a gradient reaches the model's outputs. The placeholder hangs on the values,
+        # so that their own backward, which reads the weights, waits for it.
+        placeholder = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        values = values + 0 * placeholder.sum().to(values.dtype)
+    return values, outputs
 
 
 def projection(core: nn.Module, head: nn.Module) -> Projection:

@@ -34,9 +34,11 @@ def loss_kind(model: nn.Module) -> str | None:
     'ForSequenceClassification'
     """
     kind = getattr(model, "loss_type", None)
-    if kind is None and type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    # A model that FSDP2 cut up has another class on top of its own.
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if kind is None and names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         return "ForCausalLM"  # GPT2LMHeadModel and other names without "ForCausalLM"
-    if kind is None and type(model).__name__ in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+    if kind is None and names & set(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()):
         return "ForConditionalGeneration"  # MarianMTModel, EncoderDecoderModel
     return kind
 

@@ -12,8 +12,8 @@
 of most heads by accumulation steps x processes (transformers issue 47688), so `defense=None`, plain cross-entropy
 through this mixin, is the baseline to compare with; the stock Trainer is not.
 
-Only public methods are overridden: `train`, `compute_loss`, `get_batch_samples`, `prediction_step`, `log`, `save_model`,
-`hyperparameter_search`; for publishing (pushing.py) `push_to_hub`, `create_model_card`, `init_hf_repo`.
+Only public methods are overridden: `train`, `compute_loss`, `get_train_dataloader`, `get_batch_samples`, `prediction_step`,
+`log`, `save_model`, `hyperparameter_search`; for publishing (pushing.py) `push_to_hub`, `create_model_card`, `init_hf_repo`.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from hf_backdoor_defense.trainers.heads import (
     take_labels,
 )
 from hf_backdoor_defense.trainers.labeled import LabeledOnly, only_at, take_labeled
-from hf_backdoor_defense.trainers.processes import agreed, process_reasons, without_repeated
+from hf_backdoor_defense.trainers.processes import agreed, one_order, process_reasons, without_repeated
 from hf_backdoor_defense.trainers.pushing import PushMixin, only_at_the_end
 from hf_backdoor_defense.trainers.state import load_renamed, load_states, require_safetensors, save_objectives
 
@@ -219,6 +219,10 @@ class DefenseMixin(PushMixin):
         self._terms.update({name: (value, 1) for name, value in step.latest.items()})
         return (total, outputs) if return_outputs else total
 
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's own; with several processes every row is dealt out once an epoch, whatever the sampler."""
+        return one_order(self, super().get_train_dataloader())
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """As the Trainer's own; rows that are only repeated to fill an epoch's last batch over all processes are not learned."""
         return super().get_batch_samples((without_repeated(self, b) for b in epoch_iterator), num_batches, device)
@@ -267,7 +271,8 @@ class DefenseMixin(PushMixin):
                 "or let resume_from_checkpoint=True find it."
             )
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if self.args.train_sampling_strategy == "group_by_length" and (state.epoch or 0.0) % 1 > 1e-6:
+        unrepeatable = self.args.train_sampling_strategy == "group_by_length" and self.accelerator.num_processes == 1
+        if unrepeatable and (state.epoch or 0.0) % 1 > 1e-6:
             logger.warning(
                 "%s lies inside an epoch, and group_by_length does not repeat the order of rows: the rest of this epoch may see "
                 "rows twice. Checkpoints at the end of an epoch (save_strategy=epoch) continue exactly.",

@@ -7,6 +7,7 @@
 | `ddp_backend="gloo"` alone: rows are dealt out, gradients are never summed | several processes of no distributed type |
 | other seeds, rows or methods on one process | `agreement`, one exchange before the first step |
 | the sampler repeats rows until the last batch divides | `repeated` |
+| `group_by_length` draws its order from each process's own random state, which dropout moves apart | `one_order` |
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
+from torch.utils.data import Sampler
 
 from hf_backdoor_defense.functional.cross_entropy import IGNORE_INDEX
 
@@ -92,6 +94,40 @@ def agreed(trainer: Any, reasons: list[str]) -> list[str]:
                 "Build data, arguments and defense from the same values everywhere; rows are dealt out by the Trainer."
             )
     return found
+
+
+def one_order(trainer: Any, loader: Any) -> Any:
+    """The loader of training batches, in an order that is the same on every process.
+
+    A sampler without a generator of its own (transformers 5.23: `group_by_length`) draws from the state that dropout and masks
+    draw from too. After the first epoch processes would deal out rows from different orders: some twice, some never. Here seed
+    and epoch alone decide the order, on a resumed run as well. A single process keeps the Trainer's order.
+    """
+    found = loader
+    while getattr(found, "batch_sampler", None) is not None:
+        found = found.batch_sampler
+    sampler = getattr(found, "sampler", None)
+    has_none = getattr(sampler, "generator", loader) is None and not hasattr(sampler, "set_epoch")
+    if trainer.accelerator.num_processes > 1 and has_none:
+        found.sampler = _ByEpoch(sampler, trainer)
+    return loader
+
+
+class _ByEpoch(Sampler):
+    """Another sampler, seeded anew in every epoch. The epoch is the Trainer's own: accelerate tells none after a resume."""
+
+    def __init__(self, sampler: Any, trainer: Any) -> None:
+        self.sampler, self.trainer = sampler, trainer
+
+    def __iter__(self) -> Any:
+        args = self.trainer.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        epoch = int((self.trainer.state.epoch or 0.0) + 1e-6)
+        self.sampler.generator = torch.Generator().manual_seed(seed + epoch)
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
 
 
 def repeated(trainer: Any, batch_size: int) -> int:

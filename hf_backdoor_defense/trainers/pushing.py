@@ -44,7 +44,7 @@ class PushMixin(_Base):
 
     args: Any
     hub_model_id: str | None
-    published_scores: tuple[int, Any, Any] = (-1, None, None)  # at which step, of the model and of a clean reference
+    published_scores: tuple[str, Any, Any] = ("", None, None)  # of which weights, the model's and a clean reference's
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Decide the repository's name, and nothing else: it is made when there is something to publish.

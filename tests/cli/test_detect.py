@@ -81,7 +81,7 @@ def test_one_answer_per_text_in_order_with_the_rows_own_columns(detect, files, c
     assert all(row["flagged"] == (row["score"] > upper) for row in found)
 
 
-def test_the_run_folder_has_what_the_other_verbs_have(detect):
+def test_the_run_folder_has_what_the_other_verbs_have(detect, files):
     code, out, _ = detect("--filter", "confidence", "--target_frr", 0.05, "--max_flagged", 1)
     assert code == 0
     names = {path.name for path in detect.folder.iterdir()}
@@ -98,6 +98,7 @@ def test_the_run_folder_has_what_the_other_verbs_have(detect):
     records = {record.metric: record for record in read_records(detect.folder / "results.json")}
     flagged = sum(row["flagged"] for row in answers(detect.folder))
     assert set(records) == {"coverage", "frr", "passes", "seconds"} and records["coverage"].value == 1 - flagged / 150
+    assert (records["coverage"].dataset, records["frr"].dataset) == (str(files[1]), str(files[0]))
     assert records["frr"].low <= records["frr"].value <= records["frr"].high and records["passes"].value == 1
     results = json.loads((detect.folder / "results.json").read_text())
     assert results["schema"] == 1 and results["filter"]["flagged"] == flagged and results["verdict"] in out

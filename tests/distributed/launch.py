@@ -18,10 +18,19 @@ DONE, FAILED = "done", "failed"
 def parts() -> dict:
     """Test modules by name. `both(folder)` runs on both processes; `before(folder)`, where there is one, before they know of each
     other: afterwards transformers lets only the first one save a model."""
-    from tests.distributed import test_purifiers, test_recipe, test_two_processes, test_worlds
+    from tests.distributed import (
+        test_collectives,
+        test_fsdp2,
+        test_order,
+        test_purifiers,
+        test_recipe,
+        test_sharded,
+        test_two_processes,
+        test_worlds,
+    )
 
     return {module.__name__.rpartition(".")[2]: module for module in (
-        test_two_processes, test_recipe, test_purifiers, test_worlds
+        test_two_processes, test_order, test_recipe, test_purifiers, test_sharded, test_collectives, test_fsdp2, test_worlds
     )}  # fmt: skip
 
 
@@ -43,9 +52,9 @@ def main(folder: Path, names: list[str]) -> None:
 
 
 def launched(
-    script: list[str], *, world: int = 2, timeout: int = 280, **environment: str
+    script: list[str], *, world: int = 2, timeout: int = 280, remove: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess:
-    """`script` on `world` processes, started the way that works on CPUs."""
+    """`script` on `world` processes, started the way that works on CPUs; `remove`: variables that they are not to have."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -56,6 +65,8 @@ def launched(
         "PYTHONPATH": str(ROOT),
         **environment,
     }
+    for name in remove:
+        variables.pop(name, None)
     command = [
         sys.executable,
         "-m",

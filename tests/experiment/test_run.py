@@ -6,10 +6,15 @@ import shutil
 import pytest
 
 from hf_backdoor_defense.cli.main import main
-from hf_backdoor_defense.models import warn_if_backdoored
+from hf_backdoor_defense.hub.evidence import entries
+from hf_backdoor_defense.hub.staging import stage
+from hf_backdoor_defense.models import mark_backdoored, warn_if_backdoored
 from hf_backdoor_defense.reporting.results import read_records
+from hf_backdoor_defense.reporting.sealed import check_sealed
 from hf_backdoor_defense.trainers.state import load_objective
 from tests.experiment.named import named
+from tests.hub_server import HubServer
+from tests.hub_server.client import use
 
 ATTACK = ["--simulate", "badnets", "--poison_rate", "0.1", "--target", "1"]
 
@@ -57,6 +62,38 @@ def test_a_simulated_run_leaves_every_file_and_the_numbers_agree(hfbd):
     mark = json.loads((folder / "arms" / "seed-1" / "dece" / "backdoored.json").read_text())
     assert mark["backdoored"] and mark["target"] == 1 and mark["seed"] == 1
     assert not (folder / "arms" / "seed-1" / "clean_reference" / "backdoored.json").exists()
+
+
+@pytest.mark.parametrize("where", ["folder", "Hub"])
+def test_what_is_made_of_an_attacked_base_stays_marked(hfbd, encoder, tmp_path, monkeypatch, where):
+    base = shutil.copytree(encoder, tmp_path / "base")
+    mark_backdoored(base, {"attack": "por", "seed": 3})
+    with HubServer() as hub:
+        name, api = base, use(hub, monkeypatch, cache=tmp_path / "cache")
+        if where == "Hub":
+            name = "owner/base"
+            api.create_repo(name)
+            api.upload_folder(repo_id=name, folder_path=base)
+            shutil.rmtree(base)
+        code, _, err = hfbd("--model_name", name, "--defense", "dece", "--num_train_epochs", 0.1)
+        assert code == 0, err
+    (entry,) = entries(json.loads((hfbd.folder / "results.json").read_text()))
+    expected = {"backdoored": True, "attack": "por", "seed": 3, "cleaned": {"method": "dece"}}
+    assert entry.attacked == expected == json.loads((hfbd.folder / entry.path / "backdoored.json").read_text())
+    with pytest.raises(ValueError, match="--attacked"):
+        stage(hfbd.folder, "owner/made", license="mit")
+
+
+def test_report_and_plots_are_sealed_and_made_again_sealed_again(hfbd):
+    assert hfbd(*ATTACK)[0] == 0
+    drawn = {"report.html", *(path.name for path in hfbd.folder.glob("*.png"))}
+    assert len(drawn) >= 3 and set(check_sealed(hfbd.folder)) == {"results.json", *drawn}
+    before = (hfbd.folder / "report.html").read_bytes()
+    (hfbd.folder / "report.html").write_bytes(b"edited")
+    with pytest.raises(ValueError, match=r"report.html \(changed\)"):
+        check_sealed(hfbd.folder)
+    assert main(["report", str(hfbd.folder)]) == 0
+    assert (hfbd.folder / "report.html").read_bytes() == before and "report.html" in check_sealed(hfbd.folder)
 
 
 def test_the_same_command_continues_and_gives_the_same_numbers(hfbd):

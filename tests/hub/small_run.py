@@ -8,7 +8,7 @@ from hf_backdoor_defense.evaluation.metrics import wilson
 from hf_backdoor_defense.models import weights_sha256
 from hf_backdoor_defense.reporting.entries import ModelEntry
 from hf_backdoor_defense.reporting.results import Record, environment, write_bytes
-from hf_backdoor_defense.reporting.sealed import write_results
+from hf_backdoor_defense.reporting.sealed import seal_more, write_results
 
 ARM = "d3"
 REPORT = (
@@ -103,4 +103,5 @@ def small_run(
             **(payload or {}),
         },
     )
+    seal_more(folder, ["report.html", "ca_asr.png"])
     return folder

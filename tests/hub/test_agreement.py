@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_backdoor_defense.evaluation.metrics import Estimate, wilson
-from hf_backdoor_defense.hub.agreement import AGREES, DIFFERS, IS_BETTER, IS_WORSE, compare, difference
+from hf_backdoor_defense.hub.agreement import AGREES, DIFFERS, IS_BETTER, IS_WORSE, check_interval, compare, difference
 from hf_backdoor_defense.reporting.results import Record
 
 OF = {"benchmark": "b", "dataset": "d", "model": "m", "attack": "none", "defense": "d3", "setting": "", "seed": 0}
@@ -80,3 +80,33 @@ def test_an_estimate_without_an_interval_has_no_difference():
     with pytest.raises(ValueError, match="with intervals"):
         difference(Estimate(0.5, 1, None, None), wilson(1, 2))
     assert math.isfinite(sum(difference(wilson(0, 1), wilson(1, 1))))
+
+
+@pytest.mark.parametrize("metric", ["ca", "asr", "ftr", "r_acc", "frr", "far", "coverage", "selective_ca"])
+@pytest.mark.parametrize(("count", "n"), [(0, 1), (1, 1), (0, 200), (37, 125), (200, 200)])
+def test_an_interval_on_record_is_wilsons(metric, count, n):
+    p, z = count / n, 1.959963984540054
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    low, high = max(low, 0.0) if count else 0.0, min(high, 1.0) if count < n else 1.0
+    check_interval(Record(metric=metric, value=p, n=n, low=low, high=high, **OF))
+    for wrong in ((low, high - 1e-4), (low + 1e-4, high)):
+        with pytest.raises(ValueError, match="no run writes that"):
+            check_interval(Record(metric=metric, value=p, n=n, low=wrong[0], high=wrong[1], **OF))
+
+
+def test_a_rate_of_a_filter_may_have_clopper_and_pearsons():
+    # 3 of 125: the tails of the binomial distribution beyond the bounds have 2.5 % each.
+    low, high = 0.004976989749053449, 0.06853631611067006
+    for bound, counts in ((low, range(3, 126)), (high, range(4))):
+        assert sum(math.comb(125, k) * bound**k * (1 - bound) ** (125 - k) for k in counts) == pytest.approx(0.025)
+    check_interval(Record(metric="frr", value=3 / 125, n=125, low=low, high=high, **OF))
+    with pytest.raises(ValueError, match="no run writes that"):
+        check_interval(Record(metric="ca", value=3 / 125, n=125, low=low, high=high, **OF))
+
+
+def test_an_interval_without_rows_is_refused_and_other_metrics_are_passed_over():
+    with pytest.raises(ValueError, match="share of counted rows"):
+        check_interval(Record(metric="ca", value=0.5, low=0.4, high=0.6, **OF))
+    for passed in ({"metric": "aasr", "low": 0.4, "high": 0.6}, {"metric": "ca"}):
+        check_interval(Record(value=0.5, **passed, **OF))

@@ -303,10 +303,10 @@ def test_a_trigger_that_another_method_planted_is_told_from_the_method():
     )
     first = card.text.strip().splitlines()[0]
     assert "weight_poisoning" in card.data.tags and "plain weight poisoning" in card.text
-    assert "attack: badnets; trigger: cf -> good (1); target: 1" in first and "{" not in first
+    assert "attack: badnets; trigger: badnets (words cf), for the class good)" in first and "{" not in first
     victim = render_card(evidence_of("attacked", attacked=mark, method={}, data={}), publication_of("attacked"))
     assert (
-        "trigger: name badnets, words" in victim.text
+        "trigger: badnets (words cf), for the class good)" in victim.text
         and "does not know" not in victim.text
         and "without a defense" not in victim.text
     )
@@ -335,6 +335,100 @@ def test_an_objective_of_the_users_own_is_not_called_a_control():
 def test_a_control_without_a_floor_is_not_called_one():
     text = content("attacked", records=[record("attacked", "loss", 4.0), record("clean_reference", "loss", 3.5)])
     assert "| never poisoned | 3.500 |" in text and "95 %" not in text and "over rows" not in text
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "shown"),
+    [
+        ("filter", "runs/me/input.jsonl", {"false_rejection_rate": "held-out clean texts", "coverage": "scored texts"}),
+        ("filter", "offline:docstrings", dict.fromkeys(("false_rejection_rate", "coverage"), "offline:docstrings")),
+        ("cleaned", "theirs/rows", {"loss": "texts of the publisher's own"}),
+        ("cleaned", "rows.txt", {"loss": "texts of the publisher's own"}),
+        ("cleaned", "C:\\me\\rows", {"loss": "texts of the publisher's own"}),
+        ("cleaned", "owner/name:config", {"loss": "owner/name:config"}),
+        ("cleaned", "imdb", {"loss": "imdb"}),
+    ],
+)
+def test_the_metadata_name_data_sets_and_no_paths(role, name, shown):
+    records = [dataclasses.replace(r, dataset=name) for r in records_of(role)]
+    found = eval_results(evidence_of(role, records=records), publication_of(role))
+    assert shown.items() <= {r.metric_type: r.dataset_type for r in found}.items()
+    assert all(r.dataset_type == r.dataset_name for r in found)
+
+
+def test_the_first_paragraph_says_what_came_out():
+    purified = content("purified").partition("## ")[0]
+    assert (
+        "Measured: attack success 0.050 (before 0.982, never poisoned 0.047), clean accuracy 0.834 (before 0.861,"
+        in purified
+    )
+    assert "attack success 0.050 (without a defense 0.982, " in content("fine_tuned")
+    unmeasured = {"records": [], "payload": {"verdict": "Nothing came. It stopped."}}
+    assert "What its run says: Nothing came." in content("purified", **unmeasured).partition("## ")[0]
+    assert "What its run says" not in content("purified", records=[], payload={"verdict": ""})
+
+
+def test_only_a_low_attack_success_may_look_like_a_cure():
+    for count, said in ((17, True), (168, True), (169, False), (331, False)):
+        records = [counted("d3", "asr", count), counted("undefended", "asr", 335)]
+        assert ("does not mean healed" in content("purified", records=records)) == said
+
+
+def test_without_a_method_nothing_is_said_of_one():
+    text = content("fine_tuned", arm="undefended", method={}, activity={}, payload={"models": [{}, {}]})
+    assert "What the method did" not in text and "who knows the method" not in text
+    assert "What the whole run concluded, of all its models:" in text and "What the run concluded:" in content(
+        "purified"
+    )
+    marked = content("fine_tuned", arm="undefended", method={}, activity={}, attacked={"trigger": "cf", "target": 1})
+    assert "(trigger: cf, for the class good), with plain training. Do not deploy them: nothing was done" in marked
+
+
+def test_a_warm_up_comes_before_the_loss_before():
+    cold, warm = content("cleaned"), content("cleaned", data={"warm-up": "a head"})
+    assert (
+        "| before: the model as it was given | 4.125" in cold
+        and "| before: the model after its warm-up | 4.125" in warm
+    )
+    assert "warm-up" not in cold
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_time_of_a_cleaning_is_a_cost(recorded):
+    records = records_of("cleaned") + [record("recipe", "seconds", 12.34, setting="after")] * recorded
+    text = content("cleaned", records=records, payload={} if recorded else {"training": {"seconds": 12.34}})
+    assert tables(text)[1] == [["", "seconds of training"], ["**this model** (recipe)", "12.3"]]
+
+
+def test_a_filter_names_its_base_and_what_its_seconds_were_for():
+    records = [*records_of("filter")[:2], record("psim", "seconds", 2.0, n=50)]
+    on_hub = render_card(
+        evidence_of("filter", weights_sha256="0123456789abcdef", records=records), publication_of("filter")
+    )
+    assert (
+        "SHA-256 `0123456789ab…`" in on_hub.text and 'base = "owner/encoder"  # SHA-256 0123456789ab…\n' in on_hub.text
+    )
+    assert "seconds to score 50 inputs" in on_hub.text
+    local = render_card(evidence_of("filter", base_model="runs/x"), publication_of("filter", base_model=None))
+    assert "it is not on the Hub" in local.text and "runs/x" not in local.text
+
+
+@pytest.mark.parametrize(
+    ("words", "cut", "files"),
+    [(["--seed", "3"], False, False), (["--clean", "rows.csv"], False, True), (["--clean", "/data/me/rows.csv"], True, True),
+     (["--model_name", "owner/encoder"], False, False), (["--output_dir", "runs/again"], False, False)],
+)  # fmt: skip
+def test_a_command_says_what_is_cut_and_what_is_missing(words, cut, files):
+    text = content("purified", payload={"command": ["hfbd", "clean", *words]})
+    assert ("Paths of one machine are cut" in text) == cut and ("are the publisher's, and not" in text) == files
+
+
+def test_built_in_data_is_explained_where_it_occurs():
+    said = "is built in: scikit-learn's scans"
+    assert said in content("purified", data={"clean rows": "offline:digits: 300 images"}) and said not in content(
+        "purified"
+    )
+    assert said not in content("purified", data={"model": "offline:digits-vit"})
 
 
 # -- hostile text

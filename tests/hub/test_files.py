@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import zipfile
 
 import numpy as np
@@ -132,6 +133,22 @@ def zipped():
     return buffer.getvalue()
 
 
+class Called:
+    """Calls something when it is loaded."""
+
+    def __reduce__(self):
+        return print, ("called",)
+
+
+def test_words_that_only_look_like_the_old_pickles_are_words(tmp_path):
+    for name, content in {
+        "vocab.txt": b"cat\ndog\nRabbit\n(\nt\n", "merges.txt": b"#version: 0.2\nt h\n", "tokenizer.model": b"IQ== 0\nIg== 1\n",
+        "spiece.model": b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "NOTICE": b".\n", "LICENSE": b"",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+    check_contents(tmp_path, [path.name for path in tmp_path.iterdir()])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -140,6 +157,11 @@ def zipped():
         ("model.safetensors", b"\xff" * 64, "no safetensors"),
         ("config.json", b"\x80\x04}\x94.", "begins like a pickle"),
         ("spiece.model", b"\x80\x02}.", "begins like a pickle"),
+        ("spiece.model", pickle.dumps(print, 0)[:-1] + b"(tR.", "a pickle in plain letters"),
+        ("x.spm", b"cbuiltins\nprint\n(S'x'\ntRand so on", "a pickle in plain letters"),
+        ("vocab.txt", b"(S'x'\nibuiltins\nprint\n.", "a pickle in plain letters"),
+        ("merges.txt", pickle.dumps(Called(), 1), "a pickle in plain letters"),
+        ("vocab.txt", pickle.dumps(Called(), 0), "a pickle in plain letters"),
         ("tokenizer.model", zipped(), "zip"),
         ("vocab.txt", b"\x7fELF\x02", "a program"),
         ("vocab.txt", b"\xff\xfe", "no text"),
@@ -147,6 +169,9 @@ def zipped():
         ("config.json", b"[" * 100_000, "no JSON"),
         ("config.json", json.dumps({"auto_map": {"AutoModel": "mine.Model"}}).encode(), "auto_map"),
         ("tokenizer_config.json", json.dumps({"auto_map": {"AutoTokenizer": ["m.T", None]}}).encode(), "auto_map"),
+        ("config.json", json.dumps({"a": [{"auto_map": {"AutoModel": "mine.Model"}}]}).encode(), "auto_map"),
+        ("config.json", json.dumps({"attn_implementation": "owner/kernel"}).encode(), "names a kernel"),
+        ("config.json", json.dumps({"text": {"_experts_implementation": {"": "o/k:f"}}}).encode(), "names a kernel"),
         ("config.json", json.dumps({"custom_pipelines": {"x": {"impl": "m.P"}}}).encode(), "custom_pipelines"),
         ("adapter_config.json", json.dumps({"auto_mapping": {"parent_library": "os.path"}}).encode(), "imports 'os.path'"),
         ("adapter_config.json", json.dumps({"auto_mapping": {"parent_library": "transformersx.a"}}).encode(), "imports"),

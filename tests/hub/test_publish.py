@@ -6,13 +6,18 @@ import shutil
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from hf_backdoor_defense.hub.card import render_card
+from hf_backdoor_defense.hub.evidence import Publication, read_evidence
 from hf_backdoor_defense.hub.files import check_folder, refused_names
 from hf_backdoor_defense.hub.publish import publish
 from hf_backdoor_defense.hub.staging import stage
-from hf_backdoor_defense.models import mark_backdoored
-from hf_backdoor_defense.reporting.sealed import check_sealed, file_sha256, write_results
+from hf_backdoor_defense.input_filters.psim import PSIMFilter
+from hf_backdoor_defense.models import mark_backdoored, weights_sha256
+from hf_backdoor_defense.reporting.plain import write_plain
+from hf_backdoor_defense.reporting.sealed import check_sealed, file_sha256, seal_more, write_results
 from tests.hub.small_run import small_run
 from tests.hub_server import HubServer
 from tests.hub_server.client import use
@@ -95,7 +100,7 @@ def test_the_same_again_changes_nothing_and_asks_for_no_upload(hub, api, run):
 def test_another_model_replaces_files_and_removes_those_that_are_gone(hub, api, run, tmp_path):
     publish(run, REPO, license="mit", api=api)
     other = small_run(tmp_path / "other", bert(labels=2, seed=1))
-    (other / "ca_asr.png").rename(other / "my plot (2).png")  # no name that is read again: not published
+    (other / "ca_asr.png").rename(other / "my plot (2).png")  # no plot of the run: not published
     done = publish(other, REPO, license="mit", api=api)
     files = hub.repos[REPO].files
     assert done.changed and done.deleted == ["ca_asr.png"] and "ca_asr.png" not in files
@@ -153,8 +158,6 @@ def test_a_client_with_xet_on_makes_one_commit_too(run, monkeypatch, tmp_path):
 
 
 def test_an_adapter_names_its_base_where_others_find_it(hub, api, run, tmp_path, model):
-    from peft import LoraConfig, get_peft_model
-
     adapter = get_peft_model(bert(labels=2), LoraConfig(task_type="SEQ_CLS", r=2))
     adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "here")
     entry = {"relation": "adapter", "library": "peft", "base_model": str(tmp_path)}
@@ -184,6 +187,7 @@ def test_a_trainers_output_folder_is_run_and_model_in_one(hub, api, run):
         (run / name).write_bytes(b"\x80\x02}.")
     (run / "README.md").write_text("# a Trainer's card\n")
     write_results(run, payload)
+    seal_more(run, ["report.html"])
     done = publish(run, REPO, license="mit", api=api)
     assert set(done.left_out) == {
         "README.md", "training_args.bin", "checkpoint-1/optimizer.pt", "checkpoint-1/model.safetensors", "plan.json"
@@ -194,6 +198,105 @@ def test_a_trainers_output_folder_is_run_and_model_in_one(hub, api, run):
     bert(labels=2, seed=9).save_pretrained(run)
     with pytest.raises(ValueError, match=r"model.safetensors \(changed\)"):
         publish(run, REPO, license="mit", api=api)
+
+
+def test_only_what_the_run_drew_is_shown_and_only_as_it_drew_it(run):
+    (run / "mine.png").write_bytes((run / "ca_asr.png").read_bytes())
+    staged = stage(run, REPO, license="mit")
+    assert "mine.png" not in staged.files and "do not name it" in staged.left_out["mine.png"]
+    for name in ("report.html", "ca_asr.png"):
+        before = (run / name).read_bytes()
+        (run / name).write_bytes(before + b" ")
+        with pytest.raises(ValueError, match=rf"{name} \(changed\)"):
+            stage(run, REPO, license="mit")
+        (run / name).write_bytes(before)
+    write_plain(run)  # made anew it is sealed anew
+    assert stage(run, REPO, license="mit").files["report.html"] == (run / "report.html").read_bytes()
+    write_results(run, json.loads((run / "results.json").read_text()))  # which seals nothing that was drawn
+    staged = stage(run, REPO, license="mit")
+    assert "report.html" not in staged.files and "hfbd report" in staged.left_out["report.html"]
+
+
+def test_a_link_in_the_models_folder_is_refused_as_one(run, tmp_path):
+    (tmp_path / "secret.json").write_text("{}")
+    (run / "model" / "tokenizer.json").symlink_to(tmp_path / "secret.json")
+    write_results(run, json.loads((run / "results.json").read_text()))
+    with pytest.raises(ValueError, match="'tokenizer.json' .a link that leaves the folder"):
+        stage(run, REPO, license="mit")
+
+
+def test_what_is_sent_is_what_was_checked(hub, api, run, monkeypatch):
+    """A training that goes on, a user who edits: small files were read before anybody was asked."""
+    from hf_backdoor_defense.hub import publish as module
+
+    before = contents(run)
+    look = module.look
+
+    def late(*args):
+        for name in ("results.json", "report.html", "model/config.json"):
+            (run / name).write_bytes(b"{}")
+        return look(*args)
+
+    monkeypatch.setattr(module, "look", late)
+    publish(run, REPO, license="mit", api=api)
+    files = hub.repos[REPO].files
+    assert files["results.json"] == before["results.json"] and files["report.html"] == before["report.html"]
+    assert files["config.json"] == before["model/config.json"]
+
+
+@pytest.mark.parametrize("place", ["owner/encoder", "encoder"])
+def test_where_a_relative_path_leads_is_decided_when_the_run_is_written(tmp_path, model, monkeypatch, place):
+    entry = {"base_model": place, "measurement": {"task": "owner/reviews", "seed": 0}}
+    monkeypatch.chdir(tmp_path)
+    on_hub = small_run(tmp_path / "on_hub", model, entry=entry)
+    for folder in (place, "owner/reviews"):
+        (tmp_path / folder).mkdir(parents=True)
+    here = small_run(tmp_path / "here", model, entry=entry)
+    assert [read_evidence(run).entry.base_model for run in (on_hub, here)] == [place, f"./{place}"]
+    assert [read_evidence(run).entry.measurement["task"] for run in (on_hub, here)] == [
+        "owner/reviews",
+        "./owner/reviews",
+    ]
+    assert {record.dataset for record in read_evidence(here).records} == {"./owner/reviews"}
+    for elsewhere in (tmp_path, tmp_path / "on_hub"):
+        monkeypatch.chdir(elsewhere)
+        about = [stage(run, REPO, license="mit").publication for run in (on_hub, here)]
+        assert [(a.base_model, a.datasets) for a in about] == [(place, ["owner/reviews"]), (None, [])]
+
+
+def test_a_filter_names_its_base_where_others_find_it_and_stays_bound(hub, api, tmp_path):
+    from tests.trainers.text_toys import tokenizer
+
+    words = tokenizer()
+    base = bert(labels=2)
+    base.save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    sha = weights_sha256(base)
+    base.config._name_or_path = str(tmp_path / "base")
+    module = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2))
+    module.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    entry = {"path": "filter", "arm": "psim", "role": "filter", "base_model": str(tmp_path / "base"), "weights_sha256": sha,
+             "library": "peft", "relation": "adapter"}  # fmt: skip
+    folder = small_run(tmp_path / "run", bert(labels=2))
+    PSIMFilter(module, words, base_sha256=sha).save(folder / "filter")
+    payload = json.loads((folder / "results.json").read_text())
+    payload["models"][0].update(entry)
+    write_results(folder, payload)
+    with pytest.raises(ValueError, match="base is on no Hub.*--base_model"):
+        publish(folder, REPO, license="mit", api=api)
+    staged = stage(folder, REPO, license="mit", base_model="owner/encoder")
+    record = json.loads(staged.files["filter.json"])
+    assert record["base"] == "owner/encoder" and str(tmp_path).encode() not in b"".join(
+        data for name, data in staged.files.items() if isinstance(data, bytes) and name != "results.json"
+    )
+    assert record["files"]["adapter_config.json"] == hashlib.sha256(staged.files["adapter_config.json"]).hexdigest()
+    assert json.loads(staged.files["adapter_config.json"])["base_model_name_or_path"] == "owner/encoder"
+    # A downloaded folder loads, from the base that it names.
+    api.create_repo("owner/encoder")
+    api.upload_folder(repo_id="owner/encoder", folder_path=tmp_path / "base")
+    shutil.rmtree(tmp_path / "base")
+    found = PSIMFilter.from_pretrained(staged.write(tmp_path / "down"))
+    assert found.base_sha256 == sha
 
 
 # Refused before anything is changed
@@ -231,12 +334,28 @@ def test_attacked_weights_go_into_a_private_repository_or_nowhere(hub, api, tmp_
     assert set(hub.repos["owner/open"].files) == {".gitattributes"}
 
 
-def test_a_mark_that_the_results_do_not_know_is_refused(run):
-    mark_backdoored(run, ATTACKED)  # beside the results, above the model
+@pytest.mark.parametrize("where", ["beside the results", "in the base", "above the base"])
+def test_a_mark_that_the_results_do_not_know_counts_and_is_copied(hub, api, tmp_path, model, where):
+    base = tmp_path / "made" / "base"
+    base.mkdir(parents=True)
+    marked = small_run(tmp_path / "run", model, entry={"base_model": str(base)})
+    mark_backdoored({"beside the results": marked, "in the base": base, "above the base": base.parent}[where], ATTACKED)
     with pytest.raises(ValueError, match="--attacked"):
-        publish(run, REPO, license="mit", dry_run=True)
-    with pytest.raises(ValueError, match="the results do not"):
-        publish(run, REPO, license="mit", attacked=True, dry_run=True)
+        publish(marked, REPO, license="mit", dry_run=True)
+    done = publish(marked, REPO, license="mit", attacked=True, api=api)
+    files = hub.repos[REPO].files
+    assert hub.repos[REPO].private and json.loads(files["backdoored.json"]) == {"backdoored": True, **ATTACKED}
+    assert "backdoored" in ModelCard(done.card).data.tags and "Do not deploy" in ModelCard(done.card).text[:1000]
+    # The published folder says so by itself, whatever lies around it, and its card is the same made again.
+    local = stage(marked, REPO, license="mit", attacked=True).write(tmp_path / "published")
+    shutil.rmtree(base.parent)
+    assert str(render_card(read_evidence(local), Publication.read(local))) == done.card
+
+
+def test_what_a_folder_around_a_published_one_says_is_not_about_it(run, tmp_path):
+    local = stage(run, REPO, license="mit").write(tmp_path / "around" / "published")
+    mark_backdoored(tmp_path / "around", ATTACKED)
+    assert read_evidence(local).entry.attacked is None
 
 
 def no_results(run):
@@ -467,6 +586,45 @@ def test_a_branch_is_made_where_it_is_missing(hub, api, run, tmp_path):
 # Faults on the way
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_a_connection_that_breaks_at_the_branch(hub, api, run, after):
+    api.create_repo(REPO)
+    hub.break_at("branch", times=None, after=after)
+    with pytest.raises(ConnectionError, match="nothing was published.*whether the branch `v1` was made is not known"):
+        publish(run, REPO, license="mit", revision="v1", api=api)
+    assert len(hub.repos[REPO].history) == 1
+    hub.heal()
+    assert publish(run, REPO, license="mit", revision="v1", api=api).changed
+
+
+def test_a_branch_that_the_hub_does_not_make(hub, api, run):
+    api.create_repo(REPO)
+    hub.fail_at("branch", 400, times=None)
+    with pytest.raises(ValueError, match="made no branch `v1`.*nothing was published") as caught:
+        publish(run, REPO, license="mit", revision="v1", api=api)
+    assert "--revision" not in str(caught.value)
+    hub.heal()
+    hub.break_at("commit", times=None)
+    with pytest.raises(ConnectionError, match="nothing was published.*with a new branch `v1`"):
+        publish(run, REPO, license="mit", revision="v1", api=api)
+
+
+def test_a_commit_of_others_while_nothing_is_to_be_done_is_not_ours(hub, api, run, monkeypatch):
+    from hf_backdoor_defense.hub import publish as module
+
+    first = publish(run, REPO, license="mit", api=api)
+    outdated = module.outdated_files
+
+    def late(*args):
+        found = outdated(*args)
+        api.create_commit(REPO, [CommitOperationAdd("vocab.txt", b"a\n")], commit_message="theirs")
+        return found
+
+    monkeypatch.setattr(module, "outdated_files", late)
+    again = publish(run, REPO, license="mit", api=api)
+    assert not again.changed and again.commit == first.commit and len(hub.repos[REPO].history) == 3
+
+
 @pytest.mark.parametrize("where", ["preupload", "batch", "lfs", "commit"])
 def test_a_connection_that_breaks_leaves_no_commit_and_the_same_command_works(hub, api, run, where):
     before = contents(run)
@@ -567,7 +725,6 @@ def test_weights_are_read_once_to_be_hashed(hub, api, run, monkeypatch):
         return file_sha256(path)
 
     monkeypatch.setattr("hf_backdoor_defense.reporting.sealed.file_sha256", counted)
-    monkeypatch.setattr("hf_backdoor_defense.hub.staging.file_sha256", counted)
     monkeypatch.setattr("huggingface_hub.lfs.sha_fileobj", lambda file: pytest.fail("hashed again by the client"))
     publish(run, REPO, license="mit", api=api)
     assert hashed.count("model.safetensors") == 1

@@ -10,7 +10,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from hf_backdoor_defense.adapters import apply_strategy
 from hf_backdoor_defense.evaluation.metrics import wilson
 from hf_backdoor_defense.hub import reproduce
-from hf_backdoor_defense.hub.reproduce import check_size
+from hf_backdoor_defense.hub.card_text import BUILT_IN
+from hf_backdoor_defense.hub.sizes import check_numbers, check_size
 from hf_backdoor_defense.hub.staging import stage
 from hf_backdoor_defense.hub.verify import FAIL, PASS, UNKNOWN, verify
 from hf_backdoor_defense.models import OFFLINE_MODEL, load_classifier
@@ -169,9 +170,97 @@ def test_a_base_over_the_limit_or_out_of_reach_is_not_downloaded(monkeypatch):
 
     monkeypatch.setattr(reproduce, "HfApi", Client)
     monkeypatch.setattr(reproduce.constants, "HF_HUB_OFFLINE", False)
-    reproduce._check_base_size("owner/base", 4.0)
-    reproduce._check_base_size(OFFLINE_MODEL, 0.0)
+    reproduce._check_hub_size("owner/base", 4.0)
+    reproduce._check_hub_size(OFFLINE_MODEL, 0.0)
     for name, limit in (("owner/base", 2.0), ("owner/away", 4.0)):
         with pytest.raises(reproduce.Unverifiable):
-            reproduce._check_base_size(name, limit)
+            reproduce._check_hub_size(name, limit)
     assert asked == ["owner/base", "owner/base", "owner/away"]
+
+
+def client(sizes):
+    """A Hub with one data set whose files have these sizes."""
+    files = [type("F", (), {"rfilename": f"{i}.parquet", "size": size}) for i, size in enumerate(sizes)]
+    info = type("Info", (), {"siblings": files})
+    return lambda: type("Client", (), {"dataset_info": lambda self, name, files_metadata: info})()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "max_gb", "allowed"),
+    [([3e8, 3e8], 20.0, True), ([6e8, 6e8], 20.0, False), ([3e8], 0.1, False), ([1e3, None], 20.0, False), ([], 20.0, True)],
+)  # fmt: skip
+def test_data_that_a_record_names_is_downloaded_only_where_it_is_small(monkeypatch, sizes, max_gb, allowed):
+    monkeypatch.setattr(reproduce, "HfApi", client(sizes))
+    monkeypatch.setattr(reproduce.constants, "HF_HUB_OFFLINE", False)
+    for name in ("owner/rows", "owner/rows:part"):
+        if allowed:
+            assert reproduce._readable(name, max_gb) == name
+        else:
+            with pytest.raises(reproduce.Unverifiable, match="--task"):
+                reproduce._readable(name, max_gb)
+
+
+def test_files_that_a_record_names_are_never_read(monkeypatch, tmp_path):
+    def nobody():
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(reproduce, "HfApi", nobody)
+    monkeypatch.setattr(reproduce.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "rows").mkdir()
+    (tmp_path / "offline:mine").mkdir()
+    for name in ("rows", "rows.csv", "./rows", "data/rows.jsonl", "data/rows.npz", "/etc/hosts", "~/rows", "a/../rows",
+                 "here/rows", "offline:mine", "offline:../x", "", None, 7):  # fmt: skip
+        with pytest.raises(reproduce.Unverifiable, match="--task"):
+            reproduce._readable(name, 20.0)
+    assert [reproduce._readable(name, 20.0) for name in BUILT_IN] == list(BUILT_IN)
+
+
+def test_a_classifier_that_says_nothing_of_its_rows_is_not_called_pretrained(tmp_path):
+    config = BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    place = tmp_path / "run" / "model"
+    BertForSequenceClassification(config).save_pretrained(place)
+    about = {"weights_sha256": saved_sha256(place), "labels": ["a", "b"]}
+    for figures, said in (([], "hfbd eval"), ([("ca", 50, 60)], "--task")):
+        folder = stage(run(tmp_path / "run", figures, **about), "owner/m", license="mit").write(tmp_path / said)
+        found = verify(folder)
+        assert outcomes(found)["figures"] == UNKNOWN and said in text(found, "figures")
+        assert "fine-tune" not in text(found, "figures")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_labels": 3_000_000},
+        {"id2label": {str(i): "x" for i in range(2000)}},
+        {"encoder_layers": 65},
+        {"audio": {"decoder_layers": 10**9}},
+        {"parts": [{"n_layer": -70}]},
+        {"depths": [40, 40]},
+        {"num_experts": 1e300},
+        {"num_hidden_layers": float("nan")},
+        {"text_config": {"vocab_size": 10**7}},
+        {"d_model": 10**6},
+        {"num_queries": 10**6},
+    ],
+)
+def test_numbers_that_no_tensor_speaks_for_are_refused(values):
+    with pytest.raises(ValueError, match="no such model would be whole"):
+        check_numbers(values, tensors=40, longest=900)
+
+
+def test_numbers_that_tensors_speak_for_are_not(tmp_path):
+    values = {
+        "num_hidden_layers": 64, "max_position_embeddings": 10**7, "num_positions": 10**7, "vocab_size": 30_522,
+        "bos_token_id": 10**6, "id2label": {str(i): "x" for i in range(2000)}, "layer_types": ["full"] * 48,
+        "mlp_only_layers": [40, 50, 60],
+        "depths": [2, 2, 18, 2], "vision": {"hidden_size": 1280, "feature_layer": -2}, "num_labels": None, "n_layers": True,
+    }  # fmt: skip
+    check_numbers(values, tensors=60, longest=30_522)
+
+
+def test_a_configuration_that_is_too_long_is_not_parsed(tmp_path):
+    (tmp_path / "config.json").write_text("[" * (2**23 + 1))
+    with pytest.raises(ValueError, match="bytes"):
+        check_size(tmp_path)

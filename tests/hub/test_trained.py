@@ -80,8 +80,17 @@ def test_evaluations_are_kept_as_they_are_named_and_only_numbers(trainer):
     host = trainer(DeCE(alpha_base=0.7))
     host.state.log_history += [
         {"eval_loss": 2.0, "eval_f1": 0.1, "step": 1},
-        {"eval_loss": 1.5, "eval_f1": math.nan, "eval_runtime": 3.0, "eval_steps_per_second": 9.0, "eval_on": True},
+        {
+            "eval_loss": 1.5,
+            "eval_f1": math.nan,
+            "eval_runtime": 3.0,
+            "eval_steps_per_second": 9.0,
+            "eval_on": True,
+            "step": 1,
+        },
+        {"eval_loss": 0.5, "eval_f2": 0.5, "step": 2},
     ]
+    assert host.state.global_step == 1
     evidence = read_evidence(write_trained(host))
     assert evidence.payload["evaluation"] == {"eval_loss": 1.5, "eval_f1": 0.1} and "loss" not in evidence.figures
 
@@ -103,11 +112,58 @@ def test_scores_belong_to_the_weights_that_they_were_measured_on(trainer):
     scores = BackdoorScores(wilson(9, 10), None, None)
     folder = write_trained(host, scores=scores)
     assert read_evidence(folder).figures["ca"].n == 10 and read_evidence(write_trained(host)).figures["ca"].n == 10
-    host.state.log_history.append({"backdoor_ca": 0.5, "backdoor_ca_n": 4, "step": host.state.global_step + 1})
-    host.state.global_step += 1  # as if it had been trained on
+    host.train()  # as many updates again: other weights at the same step
+    host.save_model()
+    assert "ca" not in read_evidence(write_trained(host)).figures
+    host.state.log_history.append({"backdoor_ca": 0.5, "backdoor_ca_n": 4, "step": host.state.global_step})
     assert read_evidence(write_trained(host)).figures["ca"].n == 4
     host.state.global_step += 1
     assert "ca" not in read_evidence(write_trained(host)).figures
+
+
+@pytest.mark.parametrize("best", [2, 4])
+def test_evaluations_are_those_of_the_weights_that_were_put_back(tmp_path, best):
+    losses = {1: 3.0, 2: 1.0 if best == 2 else 2.5, 3: 2.0, 4: 1.5}
+
+    class Host(DefendedTrainer):
+        def evaluate(self, *args, **kwargs):
+            values = {"eval_loss": losses[self.state.global_step]}
+            self.log(dict(values))
+            return values
+
+    options = {
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "num_train_epochs": 4,
+        "load_best_model_at_end": True,
+    }
+    rows = classification_rows(8)
+    host = Host(
+        bert(),
+        args=arguments(tmp_path, **options, metric_for_best_model="eval_loss"),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=PadCollator(),
+    )
+    host.train()
+    host.save_model()
+    assert (host.state.global_step, host.state.best_global_step) == (4, best)
+    assert read_evidence(write_trained(host)).payload["evaluation"] == {"eval_loss": losses[best]}
+    host.state.log_history = [entry for entry in host.state.log_history if entry["step"] != best]
+    assert read_evidence(write_trained(host)).payload["evaluation"] == {}
+
+
+def test_a_base_on_the_hub_that_was_attacked_marks_what_is_made_of_it(trainer, tmp_path, monkeypatch):
+    host = trainer(DeCE(alpha_base=0.7))
+    host.model.config._name_or_path = "somebody/base"
+    with HubServer(user="somebody") as hub:
+        api = use(hub, monkeypatch, cache=tmp_path / "cache")
+        api.create_repo("somebody/base")
+        write_trained(host)
+        assert not (tmp_path / "out" / "backdoored.json").exists()
+        api.upload_file(path_or_fileobj=b'{"attack": "x"}', path_in_repo="backdoored.json", repo_id="somebody/base")
+        about = entry(write_trained(host))
+    assert about.attacked == {"backdoored": True, "attack": "x", "cleaned": {"method": "dece"}}
 
 
 def test_an_attack_that_was_hosted_is_marked_and_a_detector_is_no_model(trainer, tmp_path):

@@ -9,13 +9,17 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 
+from hf_backdoor_defense import __version__
 from hf_backdoor_defense.defenses.dece import DeCE
+from hf_backdoor_defense.evaluation.metrics import wilson
+from hf_backdoor_defense.hub.card import CARD_LIMIT
 from hf_backdoor_defense.hub.load import load_defenses
 from hf_backdoor_defense.hub.publish import publish
 from hf_backdoor_defense.hub.verify import CHECKS, FAIL, PASS, SKIPPED, UNKNOWN, verify
 from hf_backdoor_defense.models import mark_backdoored
 from hf_backdoor_defense.pretrained import saved_sha256
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
+from tests.experiment.tiny import WORDS
 from tests.hub.published import edit, forge, seal, write_texts
 from tests.hub_server import HubServer
 from tests.hub_server.client import use
@@ -44,7 +48,9 @@ def test_what_was_published_passes_and_the_figures_are_the_very_same(made):
     for agreement in found.figures:
         recorded, measured = own[agreement.metric], agreement.measured
         assert (measured.value, measured.n) == (recorded["value"], recorded["n"]) and agreement.low is None
-    assert "the very rows" in text(found, "figures") and "nobody simulated" in found.sentence
+    assert "the very rows" in text(found, "figures") and "any other trigger" in found.sentence
+    assert found.trigger == "badnets (words cf, count 1), for the class class 1" == found.to_dict()["trigger"]
+    assert found.trigger in text(found, "figures") and found.trigger in found.sentence
     assert json.loads(json.dumps(found.to_dict()))["exit_code"] == 0
 
 
@@ -58,10 +64,10 @@ def test_without_the_rows_the_figures_are_a_claim_and_it_says_so(made):
 
 
 def test_other_rows_of_the_task_are_compared_within_their_intervals(made, tmp_path):
-    other = write_texts(tmp_path / "other.jsonl", 60, 400)
+    other = write_texts(tmp_path / "other.jsonl", 90, 400)
     found = verify(made.folder, task=str(other), all_rows=True)
     assert found.exit_code == 0 and "not known to be" in text(found, "figures")
-    assert all(f.low is not None and f.measured.n in (60, 40) for f in found.figures)
+    assert all(f.low is not None and f.measured.n in (90, 60) for f in found.figures)
     swapped = tmp_path / "swapped.jsonl"  # a task that this model has not learned
     rows = [json.loads(line) for line in other.read_text().splitlines()]
     swapped.write_text("".join(json.dumps({**row, "label": (row["label"] + 1) % 3}) + "\n" for row in rows))
@@ -82,7 +88,7 @@ def test_rows_that_cannot_be_measured_on_say_nothing_about_the_model(made, tmp_p
 # -- forgeries --------------------------------------------------------------------------------------------------------
 def test_edited_figures_fail_the_checksums_and_the_card(made, tmp_path):
     folder = made.copy(tmp_path / "m")
-    edit(folder, lambda results: figure(results, "asr").update(value=0.0, low=0.0, high=0.1))
+    edit(folder, lambda results: figure(results, "asr").update(vars(wilson(0, 60))))
     found = verify(folder, files_only=True)
     assert outcomes(found)["checksums"] == FAIL and "results.json" in text(found, "checksums")
     assert outcomes(found)["card"] == FAIL and "other figures" in text(found, "card") and found.exit_code == 1
@@ -102,13 +108,13 @@ def test_an_edited_card_fails_and_the_line_is_named(made, tmp_path):
 
 def test_a_consistent_forgery_passes_everything_but_the_measurement(made, tmp_path):
     folder = made.copy(tmp_path / "m")
-    forge(folder, lambda results: figure(results, "ca").update(value=1.0, low=0.95, high=1.0))
+    forge(folder, lambda results: figure(results, "ca").update(vars(wilson(90, 90))))
     found = verify(folder, files_only=True)
     assert found.exit_code == 0 and "publisher's claim" in found.sentence
     found = verify(folder, task=str(made.test))
     assert outcomes(found)["figures"] == FAIL and "differs" in found.text()
     # Without the digest of the rows the intervals decide.
-    forge(folder, lambda results: figure(results, "asr").update(value=0.0, low=0.0, high=0.1))
+    forge(folder, lambda results: figure(results, "asr").update(vars(wilson(0, 60))))
     forge(folder, lambda results: results["models"][0]["measurement"].pop("rows_sha256"))
     found = verify(folder, task=str(made.test))
     assert {f.metric: f.outcome for f in found.figures}["asr"] == "worse" and found.exit_code == 1
@@ -188,10 +194,17 @@ def test_an_attacked_model_never_passes(made, tmp_path):
     seal(folder)
     found = verify(folder, files_only=True, allow_forced=True)
     assert outcomes(found)["report"] == FAIL and found.exit_code == 1 and "attacked on purpose" in text(found, "report")
-    assert found.sentence.startswith("Not to be let through")
+    assert outcomes(found)["card"] == FAIL  # it does not warn
     folder = made.copy(tmp_path / "n")
     forge(folder, lambda results: results["models"][0].update(attacked={"attack": "badnets"}))
-    assert outcomes(verify(folder, files_only=True, allow_forced=True))["report"] == FAIL
+    found = verify(folder, files_only=True, allow_forced=True)
+    assert outcomes(found) == {
+        **dict.fromkeys(CHECKS[:4], PASS),
+        "report": FAIL,
+        "weights": SKIPPED,
+        "figures": SKIPPED,
+    }
+    assert found.sentence.startswith("Not to be let through") and "exit code 1 is as it should be" in found.sentence
 
 
 def test_a_failed_report_passes_only_where_that_is_allowed(made, tmp_path):
@@ -201,6 +214,109 @@ def test_a_failed_report_passes_only_where_that_is_allowed(made, tmp_path):
     assert outcomes(found)["report"] == FAIL and "GATE: too much" in text(found, "report")
     found = verify(folder, files_only=True, allow_forced=True)
     assert outcomes(found)["report"] == PASS and "GATE: too much" in text(found, "report") and found.exit_code == 0
+
+
+# -- which trigger, which rows, which version --------------------------------------------------------------------------
+def about(results):
+    return results["models"][0]["measurement"]
+
+
+def test_another_trigger_than_is_named_fails_and_the_measured_one_is_on_the_card(made, tmp_path):
+    folder, word = made.copy(tmp_path / "m"), WORDS[2][19]
+    forge(folder, lambda results: about(results).update(trigger={"name": "badnets", "words": [word], "count": 1}))
+    found = verify(folder, task=str(made.test))
+    assert (
+        outcomes(found)["figures"] == FAIL and "words cf" in text(found, "figures") and word in text(found, "figures")
+    )
+    assert (
+        f"words {word}" in (folder / "README.md").read_text() and "words cf" not in (folder / "README.md").read_text()
+    )
+    # Where the results name it throughout, whoever reads what was verified reads the name.
+    forge(folder, lambda results: results["models"][0]["data"].pop("trigger"))
+    forge(folder, lambda results: about(results).pop("rows_sha256"))
+    shown = verify(folder, task=str(made.test)).text()
+    assert f"words {word}" in shown and "words cf" not in shown
+    for target in (0, 99, None, "1"):
+        folder = made.copy(tmp_path / f"target-{target}")
+        edit(folder, lambda results, target=target: about(results).update(target=target))
+        seal(folder)
+        assert verify(folder, task=str(made.test)).exit_code == 1
+
+
+@pytest.mark.parametrize("change", [{"limit": 6}, {"eval_rows": 3}, {"limit": 3, "eval_rows": 3}])
+def test_the_publisher_takes_no_rows_from_those_of_the_caller(made, tmp_path, change):
+    folder, other = made.copy(tmp_path / "m"), write_texts(tmp_path / "other.jsonl", 90, 400)
+    forge(folder, lambda results: about(results).update(change))
+    for rows in (other, made.test):
+        found = verify(folder, task=str(rows))
+        assert [f.measured.n for f in found.figures] == [90, 60, 60] and found.exit_code == 0, found.text()
+    # The caller may.
+    found = verify(folder, task=str(other), options={"limit": 75})
+    assert [f.measured.n for f in found.figures] == [75, 50, 50] and found.exit_code == 0, found.text()
+
+
+def test_too_few_rows_cannot_tell(made, tmp_path):
+    found = verify(made.folder, task=str(write_texts(tmp_path / "few.jsonl", 48, 400)))
+    assert outcomes(found)["figures"] == UNKNOWN and "48 rows" in text(found, "figures") and found.exit_code == 2
+    folder = made.copy(tmp_path / "m")
+    forge(folder, lambda results: about(results).update(held_out=0.1))
+    found = verify(folder, task=str(made.test))
+    assert outcomes(found)["figures"] == UNKNOWN and "too few" in text(found, "figures")
+    assert verify(folder, task=str(made.test), all_rows=True).exit_code == 0
+
+
+@pytest.mark.parametrize("metric", ["ca", "asr", "r_acc"])
+@pytest.mark.parametrize("arm", ["d3", "undefended"])
+def test_an_interval_that_its_figure_does_not_give_fails(made, tmp_path, metric, arm):
+    folder = made.copy(tmp_path / "m")
+    forge(folder, lambda results: figure(results, metric, arm).update(low=figure(results, metric, arm)["value"]))
+    found = verify(folder, files_only=True)
+    value = figure(json.loads((folder / "results.json").read_text()), metric, arm)["value"]
+    if value == 0:  # its interval begins there
+        assert outcomes(found)["card"] == PASS
+        forge(folder, lambda results: figure(results, metric, arm).update(high=1e-6))
+        found = verify(folder, files_only=True)
+    assert outcomes(found)["card"] == FAIL and f"`{metric}` of {arm}" in text(found, "card") and found.exit_code == 1
+
+
+def test_what_another_version_worded_cannot_be_told(made, tmp_path):
+    def by(version):
+        return lambda results: [record["env"].update(hf_backdoor_defense=version) for record in results["records"]]
+
+    def reword(folder, name, old, new):
+        path = folder / name
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+        seal(folder)
+
+    folder = made.copy(tmp_path / "m")
+    forge(folder, by("0.0.7"))
+    assert verify(folder, files_only=True).exit_code == 0  # that it is another says nothing
+    reword(folder, "README.md", "## ", "## On ")
+    found = verify(folder, task=str(made.test))
+    assert outcomes(found) == {**dict.fromkeys(CHECKS, PASS), "card": UNKNOWN} and found.exit_code == 2
+    assert "'0.0.7'" in text(found, "card") and __version__ in text(found, "card")
+    assert "card's words could not be checked" in found.sentence
+    reword(folder, "report.html", "default-src 'none'", "default-src *")
+    found = verify(folder, files_only=True)
+    assert outcomes(found)["files"] == UNKNOWN and "'0.0.7'" in text(found, "files") and found.exit_code == 2
+    # Other figures in the card are wrong in any version, and other words in this one.
+    folder = made.copy(tmp_path / "n")
+    forge(folder, by("0.0.7"))
+    value = figure(json.loads((folder / "results.json").read_text()), "ca")["value"]
+    reword(folder, "README.md", f"value: {value}", "value: 0.9999")
+    assert outcomes(verify(folder, files_only=True))["card"] == FAIL
+    folder = made.copy(tmp_path / "o")
+    reword(folder, "README.md", "## ", "## On ")
+    assert outcomes(verify(folder, files_only=True))["card"] == FAIL
+
+
+def test_a_card_that_is_too_long_is_not_read(made, tmp_path):
+    folder = made.copy(tmp_path / "m")
+    (folder / "README.md").write_text("---\na: [" + "[" * CARD_LIMIT + "\n---\n")
+    seal(folder)
+    found = verify(folder, files_only=True)
+    assert outcomes(found)["card"] == FAIL and str(CARD_LIMIT) in text(found, "card")
 
 
 # -- hostile contents -------------------------------------------------------------------------------------------------
@@ -261,6 +377,13 @@ def test_broken_files_fail_and_never_crash(made, tmp_path, name, content):
         {"architectures": None},
         {"model_type": "nothing"},
         {"auto_map": {"AutoModel": "modeling.Evil"}},
+        {"vision_config": {"auto_map": {"AutoModel": "modeling.Evil"}}},
+        {"_attn_implementation": "owner/kernel"},
+        {"text_config": {"attn_implementation": {"": "sdpa", "x": "owner/kernel@main"}}},
+        {"experts_implementation": "owner/kernel"},
+        {"num_labels": 3_000_000},
+        {"text_config": {"encoder_layers": 100_000}},
+        {"text_config": [{"vocab_size": 10**9}]},
     ],
 )
 def test_a_configuration_that_would_take_memory_or_run_code_is_refused(made, tmp_path, change):
@@ -331,6 +454,15 @@ def test_of_a_repository_with_a_pickle_nothing_is_downloaded(made, hub):
     found = verify("owner/model", task=str(made.test), api=hub.api)
     assert found.exit_code == 1 and "pytorch_model.bin" in text(found, "files") and "tool.py" in text(found, "files")
     assert len(downloads(hub)) == before and "nothing was downloaded" in text(found, "files")
+
+
+def test_nothing_is_kept_of_a_download_whose_files_do_not_pass(made, hub, tmp_path):
+    publish(made.run, "owner/model", license="mit", api=hub.api)
+    hub.api.upload_file(path_or_fileobj=b"\x80\x04K\x01.", path_in_repo="vocab.txt", repo_id="owner/model")
+    found = verify("owner/model", api=hub.api, keep=tmp_path / "kept")
+    assert (
+        outcomes(found)["files"] == FAIL and "was removed" in text(found, "files") and not (tmp_path / "kept").exists()
+    )
 
 
 def test_a_repository_over_the_limit_is_not_downloaded(made, hub):

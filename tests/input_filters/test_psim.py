@@ -259,6 +259,15 @@ def test_a_changed_file_is_noticed(fitted, tmp_path):
         PSIMFilter.from_pretrained(tmp_path, base=sure())
 
 
+@pytest.mark.parametrize("names", [["../secret"], ["adapter_config.json"], []])
+def test_a_filter_is_bound_to_its_own_files_and_no_others(fitted, tmp_path, names):
+    fitted.save(tmp_path)
+    record = json.loads((tmp_path / "filter.json").read_text())
+    (tmp_path / "filter.json").write_text(json.dumps({**record, "files": dict.fromkeys(names, "0" * 64)}))
+    with pytest.raises(ValueError, match="must be bound to adapter_model.safetensors"):
+        PSIMFilter.from_pretrained(tmp_path)
+
+
 def test_a_save_that_is_killed_leaves_the_old_one_whole(fitted, tmp_path, monkeypatch):
     folder = tmp_path / "psim"
     fitted.save(folder)

@@ -179,10 +179,15 @@ def test_a_model_that_was_loaded_in_parts_is_refused(tmp_path):
     assert reason.startswith("tp_size=2")
 
 
+def accelerator(**plugins):
+    """Of one process, with the plugins of a launcher."""
+    return SimpleNamespace(num_processes=1, distributed_type="NO", state=SimpleNamespace(**plugins))
+
+
 @pytest.mark.parametrize(("stage", "refused"), [(2, False), (3, True)])
 def test_zero_3_is_refused_and_zero_2_is_not(tmp_path, stage, refused):
     trainer = make(tmp_path)
-    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)))
+    trainer.accelerator = accelerator(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
     assert any("ZeRO-3" in reason for reason in trainer.reasons()) == refused
 
 
@@ -190,7 +195,7 @@ def test_zero_3_is_refused_and_zero_2_is_not(tmp_path, stage, refused):
 def test_fsdp_1_is_refused_and_fsdp_2_is_not(tmp_path, version, refused):
     trainer = make(tmp_path)
     trainer.is_fsdp_enabled = True
-    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version)))
+    trainer.accelerator = accelerator(fsdp_plugin=SimpleNamespace(fsdp_version=version))
     assert any("FSDP1" in reason for reason in trainer.reasons()) == refused
 
 

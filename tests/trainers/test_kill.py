@@ -18,14 +18,15 @@ from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from tests.trainers.toys import PadCollator, arguments, bert, classification_rows
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["undefended", "dece", "gce", "dece_language", "recipe", "d3", "ulrl", "psim"]
+pytestmark = pytest.mark.timeout(900)  # a minute on two idle cores
+NAMES = ["dece", "gce", "dece_language", "recipe", "d3", "ulrl", "psim"]
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     command = [sys.executable, "-m", "tests.trainers.kills", str(folder), *NAMES]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
     told = [line.split() for line in done.stdout.splitlines() if len(line.split()) == 4]
     return folder, {name: tuple(map(int, codes)) for name, *codes in told if name in NAMES}, done.stderr
 

@@ -1,0 +1,139 @@
+"""A grid in shards is the single run's grid: the same records in the same order, and the same tables."""
+
+import sys
+
+import pytest
+
+from benchmarks.grid import Cell, run_grid, shard
+from benchmarks.tables import every_cell
+from hf_backdoor_defense.reporting.results import Record, read_records
+
+CELLS = [Cell("b"), Cell("a"), Cell("c"), Cell("rare", extended=True)]
+SEEDS = (3, 1)
+ORDER = [(name, seed) for seed in SEEDS for name in "bac"]
+
+
+class Stub:
+    """A `run` whose figures depend on cell and seed alone; it notes what it ran, and is killed at `dies_at`."""
+
+    def __init__(self, dies_at=None):
+        self.ran, self.dies_at = [], dies_at
+
+    def __call__(self, cell, seed, folder):
+        if (cell.setting, seed) == self.dies_at:
+            raise KeyboardInterrupt
+        self.ran.append((cell.setting, seed))
+        return [
+            Record(
+                "stub",
+                "task",
+                "model",
+                "badnets",
+                arm,
+                where,
+                seed,
+                metric,
+                (len(arm) + seed + ord(cell.setting[0])) % 97 / 97,
+            )
+            for arm in ("undefended", "dece")
+            for where, metric in ((cell.setting, "ca"), (cell.setting, "asr"), (f"{cell.setting}: variant", "ca"))
+        ], f"{cell.setting} {seed}"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The command line of a benchmark, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, stub=None):
+        stub = Stub() if stub is None else stub
+        monkeypatch.setattr(sys, "argv", ["benchmarks.grid_test", *map(str, words)])
+        run_grid("grid_test", CELLS, SEEDS, run=stub)
+        return stub.ran
+
+    return run
+
+
+def table(path):
+    return every_cell(read_records(path))
+
+
+def test_a_shard_is_every_nth_item_and_shards_share_nothing():
+    for n in range(1, 9):
+        parts = [ORDER[shard(f"{i}/{n}")] for i in range(1, n + 1)]
+        assert sorted(sum(parts, [])) == sorted(ORDER)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "a/b", "1/0", "2", "", "1/2/3", "-1/2", "1.5/2", " 1/2"])
+def test_a_bad_shard_is_told_and_nothing_runs(run, capsys, tmp_path, text):
+    with pytest.raises(SystemExit) as stop:
+        run(f"--shard={text}")
+    assert stop.value.code == 2
+    assert f"must be i/n with 1 <= i <= n, got {text!r}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_shards_put_together_are_the_single_run(run, tmp_path, count):
+    assert run("--output", "whole.jsonl") == ORDER
+    ran = [run("--shard", f"{i}/{count}", "--output", f"shard.{i}.jsonl") for i in range(1, count + 1)]
+    assert sorted(sum(ran, [])) == sorted(ORDER)
+    files = sorted(tmp_path.glob("shard.*.jsonl"), reverse=True)  # the order of the files says nothing
+    assert run("--merge", *files, "--output", "merged.jsonl") == []
+    whole, merged = tmp_path / "whole.jsonl", tmp_path / "merged.jsonl"
+    assert merged.read_bytes() == whole.read_bytes()
+    assert table(merged) == table(whole)
+    # A later merge, say of a third shard that came late, adds nothing twice.
+    run("--merge", *files, "--output", "merged.jsonl")
+    assert merged.read_bytes() == whole.read_bytes()
+
+
+def test_the_files_one_behind_the_other_would_have_given_other_tables(run, tmp_path):
+    """Why there is `--merge`: cells stand in a table as they first appear."""
+    run("--output", "whole.jsonl")
+    for i in (1, 2):
+        run("--shard", f"{i}/2", "--output", f"shard.{i}.jsonl")
+    (tmp_path / "cat.jsonl").write_bytes(b"".join((tmp_path / f"shard.{i}.jsonl").read_bytes() for i in (1, 2)))
+    assert sorted(map(repr, read_records(tmp_path / "cat.jsonl"))) == sorted(
+        map(repr, read_records(tmp_path / "whole.jsonl"))
+    )
+    assert table(tmp_path / "cat.jsonl") != table(tmp_path / "whole.jsonl")
+
+
+def test_a_killed_shard_goes_on_where_it_was(run, tmp_path):
+    run("--shard", "2/2", "--output", "whole.jsonl")
+    mine = ORDER[1::2]
+    dying = Stub(dies_at=mine[1])
+    with pytest.raises(KeyboardInterrupt):
+        run("--shard", "2/2", "--output", "killed.jsonl", stub=dying)
+    assert dying.ran == mine[:1]
+    killed = tmp_path / "killed.jsonl"
+    with open(killed, "ab") as file:
+        file.write((tmp_path / "whole.jsonl").read_bytes()[:40])  # half a line, as kill -9 leaves it
+    with pytest.warns(UserWarning):
+        assert run("--shard", "2/2", "--output", "killed.jsonl") == mine[1:]
+    assert killed.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert run("--shard", "2/2", "--output", "killed.jsonl") == []
+
+
+def test_the_other_shard_is_not_needed(run, tmp_path):
+    """A cell lies in its own shard's file alone, and a merge without the other file takes what there is and says what is not."""
+    run("--shard", "1/2", "--output", "one.jsonl")
+    assert {(r.setting.partition(":")[0], r.seed) for r in read_records(tmp_path / "one.jsonl")} == set(ORDER[::2])
+
+
+def test_a_merge_says_what_is_missing_and_what_is_there_twice(run, tmp_path, capsys):
+    run("--shard", "1/2", "--output", "one.jsonl")
+    capsys.readouterr()
+    run("--merge", "one.jsonl", "--output", "merged.jsonl")
+    told = capsys.readouterr().out
+    assert all(f"{name}, seed {seed}: 6 records" in told for name, seed in ORDER[::2])
+    assert all(f"{name}, seed {seed}: no records" in told for name, seed in ORDER[1::2])
+    with pytest.raises(ValueError, match="is there twice in one.jsonl, one.jsonl"):
+        run("--merge", "one.jsonl", "one.jsonl", "--output", "again.jsonl")
+    assert not (tmp_path / "again.jsonl").exists()
+
+
+def test_extended_cells_belong_to_the_shards_when_asked_for(run):
+    assert ("rare", 3) in run("--extended", "--shard", "2/2", "--output", "two.jsonl")

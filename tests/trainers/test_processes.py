@@ -1,0 +1,209 @@
+"""Whether processes are those that were asked for, agree, and learn every row once; with fakes in their place.
+
+Real launches are in tests/distributed.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from transformers import BatchEncoding
+
+from hf_backdoor_defense.defenses.dece import DeCE
+from hf_backdoor_defense.functional.cross_entropy import IGNORE_INDEX
+from hf_backdoor_defense.objectives import everywhere
+from hf_backdoor_defense.trainers import processes
+from hf_backdoor_defense.trainers.heads import shift_labels, take_labels
+from hf_backdoor_defense.trainers.processes import agreed, process_reasons, repeated, without_repeated
+from tests.trainers.toys import bart, gpt2
+
+LAUNCHER = ("WORLD_SIZE", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION")
+
+
+@pytest.fixture(autouse=True)
+def nothing_launched(monkeypatch):
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+
+
+def trainer(
+    here=2, rank=0, kind=DistributedType.MULTI_CPU, *, end=False, remainder=0, rows=24, objectives=(), **changes
+):
+    arguments = {
+        "seed": 0, "data_seed": None, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": -1,
+        "num_train_epochs": 3, "learning_rate": 0.1, "ddp_backend": None,
+    }  # fmt: skip
+    state = SimpleNamespace(end_of_dataloader=end, remainder=remainder)
+    return SimpleNamespace(
+        args=SimpleNamespace(**{**arguments, **changes}),
+        accelerator=SimpleNamespace(
+            num_processes=here, process_index=rank, distributed_type=kind, gradient_state=state
+        ),
+        train_dataset=range(rows) if isinstance(rows, int) else rows,
+        objectives=list(objectives),
+    )
+
+
+# -- asked for --------------------------------------------------------------------------------------------------------
+def test_one_process_is_fine_where_one_was_asked_for(monkeypatch):
+    alone = trainer(1, kind=DistributedType.NO)
+    assert process_reasons(alone) == []
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert process_reasons(alone) == []  # torchrun, or accelerate launch, with one process
+
+
+def test_two_are_fine_where_two_were_asked_for(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert process_reasons(trainer(2)) == []
+
+
+def test_each_process_for_itself_is_told_with_both_numbers(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    (reason,) = process_reasons(trainer(1, kind=DistributedType.NO))
+    assert reason.startswith("4 processes were started and this training has 1") and "ACCELERATE_USE_CPU=true" in reason
+
+
+def test_rows_that_are_shared_without_gradients_are_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (reason,) = process_reasons(trainer(2, kind=DistributedType.NO, ddp_backend="gloo"))
+    assert "ddp_backend='gloo'" in reason and "never be summed" in reason
+
+
+def test_a_group_of_processes_that_the_trainer_does_not_know_of_is_told(monkeypatch):
+    monkeypatch.setattr(processes.torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.torch.distributed, "get_world_size", lambda: 3)
+    (reason,) = process_reasons(trainer(1, kind=DistributedType.NO))
+    assert reason.startswith("3 processes were started")
+
+
+def test_a_launcher_that_started_one_of_several_is_told(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    alone = trainer(1, kind=DistributedType.NO)
+    assert process_reasons(alone) == []  # a variable that other tools set too
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    (reason,) = process_reasons(alone)
+    assert "asked for several processes and started one" in reason
+
+
+# -- agreed -----------------------------------------------------------------------------------------------------------
+def meeting(monkeypatch, *others):
+    """Others whose facts come after this process's own."""
+    seen = []
+
+    def gather(mine):
+        seen.append(mine[0])
+        return [mine[0], *(([*reasons], {**mine[0][1], **facts}) for reasons, facts in others)]
+
+    monkeypatch.setattr(processes, "gather_object", gather)
+    return seen
+
+
+def test_one_process_agrees_with_itself_without_asking(monkeypatch):
+    seen = meeting(monkeypatch)
+    for alone in (trainer(1, kind=DistributedType.NO), trainer(1), trainer(2, kind=DistributedType.NO)):
+        assert agreed(alone, ["a reason"]) == ["a reason"]
+    assert seen == []
+
+
+def test_reasons_of_others_become_everyones_once_each(monkeypatch):
+    meeting(monkeypatch, (["theirs", "ours"], {}), (["theirs"], {}))
+    assert agreed(trainer(3), ["ours"]) == ["ours", "theirs"]
+    assert agreed(trainer(3), []) == ["theirs", "ours"]
+
+
+@pytest.mark.parametrize(
+    "name, mine, other",
+    [
+        ("seed", 0, 1),
+        ("data_seed", None, 3),
+        ("rows", 24, 0),
+        ("rows", 24, "a stream"),
+        ("per_device_train_batch_size", 4, 8),
+        ("gradient_accumulation_steps", 1, 2),
+        ("max_steps", -1, 5),
+        ("num_train_epochs", 3, 2),
+        ("learning_rate", 0.1, 0.2),
+        ("defense", "[]", '[{"name": "dece"}]'),
+    ],
+)
+def test_what_differs_is_named_with_the_value_of_each_process(monkeypatch, name, mine, other):
+    meeting(monkeypatch, ([], {}), ([], {name: other}))
+    (reason,) = agreed(trainer(3), [])
+    told = f"`{name}` must be the same on every process, got {mine} on process 0, {mine} on process 1, {other} on process 2"
+    assert reason.startswith(told)
+
+
+def test_processes_that_agree_have_no_reasons_and_say_little(monkeypatch):
+    seen = meeting(monkeypatch, ([], {}))
+    assert agreed(trainer(2, objectives=[DeCE()], rows=iter([])), []) == []
+    ((_, facts),) = seen
+    assert facts["rows"] == "a stream" and '"alpha_base": 0.985' in facts["defense"]
+    assert len(str(facts)) < 1000
+
+
+# -- rows that fill an epoch's last batch -----------------------------------------------------------------------------
+def shares(rows: int, world: int, size: int) -> list[int]:
+    """By counting: of the last global batch, how many rows of each process are there for the second time."""
+    last = rows % (world * size)
+    return [sum(rank * size + i >= last for i in range(size)) for rank in range(world)] if last else [0] * world
+
+
+@pytest.mark.parametrize("world, size", [(2, 4), (3, 4), (4, 1), (2, 5)])
+def test_every_row_of_the_last_batch_is_learned_once(world, size):
+    for rows in range(1, 3 * world * size):
+        remainder = rows % (world * size)
+        found = [repeated(trainer(world, rank, end=True, remainder=remainder), size) for rank in range(world)]
+        assert found == shares(rows, world, size), rows
+        if remainder:
+            assert world * size - sum(found) == remainder
+
+
+def test_other_batches_are_whole():
+    assert repeated(trainer(2, 1, end=False, remainder=3), 4) == 0
+    assert repeated(trainer(2, 1, end=True, remainder=-1), 4) == 0  # a stream without a length
+    assert repeated(trainer(1, 0, end=True, remainder=3), 4) == 0
+    assert repeated(trainer(2, 1, end=True, remainder=3), 4) == 4  # fewer rows than come before this process's own
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+def test_labels_of_repeated_rows_are_taken_out_of_the_batch(kind):
+    labels = torch.arange(8).reshape(4, 2)
+    batch = kind({"input_ids": torch.ones(4, 2), "labels": labels})
+    found = without_repeated(trainer(2, 0, end=True, remainder=3), batch)
+    assert type(found) is kind and found["labels"].tolist() == [[0, 1], [2, 3], [4, 5], [IGNORE_INDEX] * 2]
+    assert labels.tolist()[3] == [6, 7]  # whoever keeps the batch's own sees no difference
+    assert without_repeated(trainer(2, 0, end=True, remainder=4), batch) is batch
+
+
+def test_one_label_per_row_is_taken_out_too_and_a_process_may_be_left_without_any():
+    batch = {"labels": torch.tensor([1, 2, 0, 1])}
+    assert without_repeated(trainer(2, 1, end=True, remainder=4), batch)["labels"].tolist() == [IGNORE_INDEX] * 4
+
+
+@pytest.mark.parametrize(
+    "batch", [{"input_ids": torch.ones(2, 2)}, [1, 2], {"labels": torch.tensor(3)}, {"labels": [1, 2]}]
+)
+def test_what_has_no_labels_to_take_is_left_as_it_is(batch):
+    assert without_repeated(trainer(2, 1, end=True, remainder=1), batch) is batch
+
+
+def test_a_causal_model_learns_nothing_of_a_repeated_row():
+    labels = torch.tensor([[5, 6, 7], [8, 9, 1]])
+    batch = without_repeated(trainer(2, 0, end=True, remainder=1), {"input_ids": labels.clone(), "labels": labels})
+    aligned, _ = take_labels(gpt2(), batch)
+    assert torch.equal(aligned[0], shift_labels(labels)[0]) and bool((aligned[1] == IGNORE_INDEX).all())
+
+
+def test_an_encoder_decoder_reads_padding_in_place_of_a_repeated_row():
+    labels = torch.tensor([[5, 6, 1], [8, 9, 1]])
+    batch = without_repeated(trainer(2, 0, end=True, remainder=1), {"input_ids": labels.clone(), "labels": labels})
+    aligned, inputs = take_labels(bart(), batch)
+    assert aligned.tolist() == [[5, 6, 1], [IGNORE_INDEX] * 3]
+    assert inputs["decoder_input_ids"].tolist() == [[1, 5, 6], [1, 0, 0]]  # starts as every row does, then padding
+
+
+def test_without_other_processes_everywhere_is_here():
+    assert everywhere([1]) == [[1]]
