@@ -13,6 +13,7 @@ from hf_backdoor_defense.hub.methods import Method
 _ON_PURPOSE = {
     "attacked": "These weights were backdoored on purpose{what}.",
     "fine_tuned": "These weights were trained on data that was poisoned on purpose{what}, with {title}.",
+    "tuned_after": "These weights were fine-tuned, with {title}, from a model that was backdoored on purpose{what}.",
     "purified": "These weights come from a model that was backdoored on purpose{what}, then purified with {title}.",
     "cleaned": "These weights come from a model that was backdoored on purpose{what}, then cleaned with {title}.",
     "filter": "These weights belong to a filter for a model that was backdoored on purpose{what}.",
@@ -33,7 +34,10 @@ def warning(evidence: Evidence, method: Method | None) -> str:
         known.pop("target", None)
     facts = [f"{key}: {_shown(known[key])}" for key in _ATTACK_ORDER if known.get(key) not in (None, "", [])]
     what = f" ({'; '.join(facts)})" if facts else ""
-    first = _ON_PURPOSE[entry.role].format(what=what, title=method.title if method else "plain training")
+    is_tuned_after = entry.role == "fine_tuned" and "cleaned" in known  # the attack lies in the base, not in the data
+    first = _ON_PURPOSE["tuned_after" if is_tuned_after else entry.role].format(
+        what=what, title=method.title if method else "plain training"
+    )
     if entry.role == "attacked":
         return f"{first} Do not deploy them: they exist to test defenses."
     if method is None:

@@ -5,6 +5,7 @@
 | `torchrun` without `ACCELERATE_USE_CPU=true` on a machine without GPUs: every process trains alone | `WORLD_SIZE` > processes |
 | `accelerate launch --cpu --num_processes 2`: one process | the launcher's variables without `WORLD_SIZE` |
 | `ddp_backend="gloo"` alone: rows are dealt out, gradients are never summed | several processes of no distributed type |
+| FSDP or DeepSpeed on CPUs: plain DDP | the distributed type is another |
 | other seeds, rows or methods on one process | `agreement`, one exchange before the first step |
 | the sampler repeats rows until the last batch divides | `repeated` |
 | `group_by_length` draws its order from each process's own random state, which dropout moves apart | `one_order` |
@@ -48,6 +49,19 @@ def process_reasons(trainer: Any) -> list[str]:
             "accelerate was asked for several processes and started one, as it does for --cpu with --num_processes. Set "
             f"--num_processes 1. {_WAYS}"
         ]
+    return _ignored_engine(trainer) if here > 1 else []
+
+
+def _ignored_engine(trainer: Any) -> list[str]:
+    """FSDP and DeepSpeed where accelerate passes over them: on CPUs it trains by DDP instead, without a word."""
+    engines = {DistributedType.FSDP: ("fsdp", "FSDP"), DistributedType.DEEPSPEED: ("deepspeed", "DeepSpeed")}
+    for kind, (option, name) in engines.items():
+        is_asked = getattr(trainer.args, option, None) or os.environ.get(f"ACCELERATE_USE_{option.upper()}") == "true"
+        if is_asked and trainer.accelerator.distributed_type != kind:
+            return [
+                f"{name} was asked for, and accelerate set up {trainer.accelerator.distributed_type.value}: it leaves {name} out "
+                f"where it finds no device for it. Start it where there are GPUs, or leave `{option}` out and train by DDP."
+            ]
     return []
 
 

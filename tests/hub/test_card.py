@@ -221,6 +221,15 @@ def test_the_mark_of_attacked_weights_stays_after_a_treatment(role):
     )
 
 
+def test_a_base_that_was_attacked_is_told_from_poisoned_data():
+    lines = [
+        render_card(evidence_of("fine_tuned", attacked=mark), publication_of("fine_tuned")).text.strip().splitlines()[0]
+        for mark in (ATTACKED, {**ATTACKED, "cleaned": {"method": "fine_tuning"}})
+    ]
+    assert "trained on data that was poisoned on purpose" in lines[0]
+    assert "from a model that was backdoored on purpose" in lines[1] and "data" not in lines[1].partition("(")[0]
+
+
 def test_a_forced_card_says_first_what_failed():
     evidence = evidence_of(
         "purified", payload={"failures": ["INERT: d3: nothing moved.", "gate: 1 < 2"]}, inert="nothing moved"

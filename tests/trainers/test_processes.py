@@ -45,6 +45,17 @@ def trainer(
     )
 
 
+@pytest.mark.parametrize("option, kind", [("fsdp", DistributedType.FSDP), ("deepspeed", DistributedType.DEEPSPEED)])
+def test_an_engine_that_accelerate_passes_over_is_refused(monkeypatch, option, kind):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (reason,) = process_reasons(trainer(2, **{option: True}))
+    assert "was asked for, and accelerate set up MULTI_CPU" in reason and f"leave `{option}` out" in reason
+    assert process_reasons(trainer(2, kind=kind, **{option: True})) == []
+    assert process_reasons(trainer(2)) == []
+    monkeypatch.setenv(f"ACCELERATE_USE_{option.upper()}", "true")
+    assert len(process_reasons(trainer(2))) == 1
+
+
 # -- asked for --------------------------------------------------------------------------------------------------------
 def test_one_process_is_fine_where_one_was_asked_for(monkeypatch):
     alone = trainer(1, kind=DistributedType.NO)
