@@ -7,6 +7,7 @@ run, so that tables cannot tell the difference (docs/distributed.md).
 
 import argparse
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -78,6 +79,34 @@ def from_files(paths: list[Path]) -> Callable[[Cell, int, Path], tuple[list[Reco
     return run
 
 
+def settle(path: Path, records: list[Record], *, replace: bool) -> None:
+    """Before a merge: of cells that `path` holds with other figures than `records` do, put the new ones in the old ones' place.
+
+    Raises:
+        ValueError: there is such a cell, and `replace` is False. The file is as it was.
+    """
+    there, new = _by_cell(read_records(path) if path.exists() else []), _by_cell(records)
+    stale = [c for c in new if c in there and sorted(map(repr, new[c])) != sorted(map(repr, there[c]))]
+    if stale and not replace:
+        shown = "; ".join(f"{setting}, seed {seed}" for setting, seed in stale)
+        raise ValueError(
+            f"{path} has other records of {shown}: a merge would keep those and drop the new ones. Add --replace to take the new "
+            "ones, or merge into another file (--output)."
+        )
+    if stale:
+        partial = path.with_name(f".{path.stem}.partial.jsonl")
+        partial.unlink(missing_ok=True)
+        kept = [record for c, old in there.items() for record in (new[c] if c in stale else old)]
+        os.replace(append_records(partial, kept), path)
+
+
+def _by_cell(records: list[Record]) -> dict[tuple[str, int], list[Record]]:
+    found: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        found.setdefault((record.setting.partition(":")[0], record.seed), []).append(record)
+    return found
+
+
 def run_grid(
     name: str,
     cells: list[Cell],
@@ -97,16 +126,26 @@ def run_grid(
     parser.add_argument(
         "--merge", type=Path, nargs="+", help="run nothing: take the records from these files of shards"
     )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="with --merge: what the file holds of these cells gives way to what the shards hold",
+    )
     args = parser.parse_args()
+    if args.replace and not args.merge:
+        parser.error("--replace belongs to --merge: a grid runs what is not there. Remove the lines to measure again.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     path = args.output
     chosen = [c for c in cells if (args.only == c.setting if args.only else args.extended or not c.extended)]
+    # Seeds outside: a stopped grid has every cell once before any twice.
+    todo = [(cell, seed) for seed in args.seeds for cell in chosen][args.shard]
     if args.merge:
         run = from_files(args.merge)
-    # Seeds outside: a stopped grid has every cell once before any twice.
-    for cell, seed in [(cell, seed) for seed in args.seeds for cell in chosen][args.shard]:
+        found = [record for cell, seed in todo for record in run(cell, seed, path)[0]]
+        settle(path, [dataclasses.replace(record, benchmark=name) for record in found], replace=args.replace)
+    for cell, seed in todo:
         if not args.merge and cell.needs is not None and not cell.needs.exists():
             print(f"{cell.setting}: skipped, its data is not here (it is not part of the package)")
             continue

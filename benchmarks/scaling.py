@@ -135,14 +135,20 @@ def inside(world: int, rounds: int) -> None:
         print(json.dumps(seconds), flush=True)
 
 
+def command(world: int, rounds: int) -> list[str]:
+    """What starts `inside` on so many processes. One beside several GPUs is launched too: it would take them all."""
+    own = ["-m", "benchmarks.scaling", "--inside", str(world), "--rounds", str(rounds)]
+    launched = world > 1 or torch.cuda.device_count() > 1
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if launched else []
+    return [sys.executable, *launcher, *own]
+
+
 def launch(world: int, rounds: int) -> dict[str, list[float]]:
     """`inside` on so many processes, one thread each on CPUs."""
-    own = ["-m", "benchmarks.scaling", "--inside", str(world), "--rounds", str(rounds)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
         environ["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run([sys.executable, *launcher, *own], env=environ, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command(world, rounds), env=environ, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, list[float]] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     return found
 

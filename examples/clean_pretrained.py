@@ -27,6 +27,10 @@ BATCH = 32  # texts of an update, over all processes
 
 def main() -> None:
     """Warm up, choose the rate by the dose, train, save."""
+    if BATCH % PROCESSES:
+        raise SystemExit(
+            f"{BATCH} texts of an update do not divide by {PROCESSES} processes: start 1, 2, 4 or 8, or change BATCH."
+        )
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only_warm_up", action="store_true", help="stop when the encoder has its head")
     only_warm_up = parser.parse_args().only_warm_up

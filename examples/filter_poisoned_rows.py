@@ -24,6 +24,10 @@ BATCH = 32  # rows of an update, over all processes
 
 def main() -> None:
     """Train, rank, show, refit."""
+    if BATCH % PROCESSES:
+        raise SystemExit(
+            f"{BATCH} rows of an update do not divide by {PROCESSES} processes: start 1, 2, 4 or 8, or change BATCH."
+        )
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--limit", type=int, default=1000, help="rows to train on")
     limit = parser.parse_args().limit

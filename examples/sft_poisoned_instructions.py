@@ -92,6 +92,10 @@ def share(model, tokenizer, questions: list[dict[str, str]], expected: list[str]
 
 def main() -> None:
     """Teach, poison, fine-tune three times, compare."""
+    if BATCH % PROCESSES:
+        raise SystemExit(
+            f"{BATCH} rows of an update do not divide by {PROCESSES} processes: start 1, 2, 4 or 8, or change BATCH."
+        )
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--limit", type=int, help="ask about so many things only")
     limit = parser.parse_args().limit

@@ -1,12 +1,13 @@
 """A grid in shards is the single run's grid: the same records in the same order, and the same tables."""
 
+import dataclasses
 import sys
 
 import pytest
 
 from benchmarks.grid import Cell, run_grid, shard
 from benchmarks.tables import every_cell
-from hf_backdoor_defense.reporting.results import Record, read_records
+from hf_backdoor_defense.reporting.results import Record, append_records, cell_key, read_records
 
 CELLS = [Cell("b"), Cell("a"), Cell("c"), Cell("rare", extended=True)]
 SEEDS = (3, 1)
@@ -133,6 +134,29 @@ def test_a_merge_says_what_is_missing_and_what_is_there_twice(run, tmp_path, cap
     with pytest.raises(ValueError, match="is there twice in one.jsonl, one.jsonl"):
         run("--merge", "one.jsonl", "one.jsonl", "--output", "again.jsonl")
     assert not (tmp_path / "again.jsonl").exists()
+
+
+def test_a_merge_drops_no_measurement_unsaid(run, tmp_path):
+    """Cells that were measured again: refused by name, or put where the old ones stood."""
+    run("--output", "old.jsonl")
+    old = tmp_path / "old.jsonl"
+    before, kept = old.read_bytes(), read_records(old)
+    again = [dataclasses.replace(r, value=r.value / 2) for r in kept if (r.setting[0], r.seed) == ("a", 1)]
+    append_records(tmp_path / "again.jsonl", again)
+    with pytest.raises(ValueError, match="other records of a, seed 1: .* Add --replace"):
+        run("--merge", "again.jsonl", "--output", "old.jsonl")
+    run("--merge", "again.jsonl", "--output", "old.jsonl", "--only", "b")  # that cell was not asked for
+    assert old.read_bytes() == before
+    run("--merge", "again.jsonl", "--output", "old.jsonl", "--replace")
+    new = {cell_key(r): r for r in again}
+    assert len(new) == 6 and read_records(old) == [new.get(cell_key(r), r) for r in kept]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.jsonl", "old.jsonl"]
+
+
+def test_replacing_belongs_to_merging(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--replace")
+    assert stop.value.code == 2 and "--replace belongs to --merge" in capsys.readouterr().err
 
 
 def test_extended_cells_belong_to_the_shards_when_asked_for(run):

@@ -1,7 +1,9 @@
 """The table of scaling says what its records say: samples of all processes, added time, difference and goal."""
 
 import pytest
+import torch
 
+from benchmarks import scaling
 from benchmarks.tables_scaling import table
 from hf_backdoor_defense.reporting.results import Record
 
@@ -55,3 +57,15 @@ def test_what_was_measured_again_counts_and_machines_stand_apart():
 
 def test_before_the_benchmark_the_table_says_how_to_run_it():
     assert table([]) == "Not run yet: `make bench-scaling`."
+
+
+@pytest.mark.parametrize(
+    "world, gpus, launched", [(1, 0, False), (1, 1, False), (1, 4, True), (2, 0, True), (2, 4, True)]
+)
+def test_a_single_process_beside_several_gpus_is_launched_too(monkeypatch, world, gpus, launched):
+    """Without the launcher the Trainer would spread one process over all of them, which a defense refuses."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    words = scaling.command(world, 3)
+    assert ("torch.distributed.run" in words) == launched
+    assert words[-4:] == ["--inside", str(world), "--rounds", "3"]
+    assert not launched or words[words.index("--nproc_per_node") + 1] == str(world)

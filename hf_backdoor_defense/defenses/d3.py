@@ -84,7 +84,8 @@ class D3(Objective):
         self._ended = False  # then W0 is saved no more: poisoned weights are not handed on with the purified ones
         self._radius = torch.zeros(0)
         self._distance = torch.zeros(0)  # as of the last update
-        self._active: tuple[Tensor | float, int] = (0.0, 0)
+        self._active: tuple[Tensor | int, int] = (0, 0)  # rows with a loss above eps, rows
+        self._is_whole = True  # whether these are of all processes
         self._pulled = 0
 
     @classmethod
@@ -164,8 +165,7 @@ class D3(Objective):
                 f"{adapters[0]} belongs to an adapter: merge first (model.merge_and_unload()); distance must start from the "
                 "merged weight."
             )
-        frozen = [name for name, weight in selected.items() if not weight.requires_grad]
-        if frozen:
+        if frozen := [name for name, weight in selected.items() if not weight.requires_grad]:
             how = "Merge the adapter first, or unfreeze" if hasattr(model, "peft_config") else "Unfreeze"
             reasons.append(
                 f"{len(frozen)} selected weights are frozen ({frozen[0]}): they cannot move. {how} "
@@ -214,14 +214,17 @@ class D3(Objective):
         self._reference = {name: _snapshot(weight.detach()) for name, weight in selected.items()}
         self._radius = torch.stack([torch.linalg.vector_norm(w.detach()) for w in selected.values()])
         self._distance = torch.zeros_like(self._radius)
-        self._active, self._pulled = (0.0, 0), 0
+        self._active, self._pulled = (0, 0), 0
         with torch.no_grad():
             for index, weight in enumerate(selected.values()):
                 generator = torch.Generator().manual_seed(trainer.args.seed + index)
                 weight.copy_(_warmed_up(weight.cpu(), self.warm_up, generator))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Lay W0 out like the parameters (FSDP2)."""
+        """Lay W0 out like the parameters (FSDP2). Of what a checkpoint counted, the first process goes on with the sum."""
+        if not is_first_process():
+            self._active = (0, 0)
+        self._is_whole = False
         for name, weight in self._selected(model).items():
             reference = self._reference[name]
             if hasattr(weight, "device_mesh") and not hasattr(reference, "device_mesh"):
@@ -242,10 +245,9 @@ class D3(Objective):
         over = super().loss(step) - self.eps
         values = over * (over.mean() > 0) if self.hinge == "batch" else over.clamp(min=0)
         if len(over):  # a process may have none in an epoch's last batch
-            active = (over > 0).float().mean().detach()
-            step.log("d3/hinge_active", active)
-            total, count = self._active
-            self._active = (total + active, count + 1)
+            active = (over > 0).sum()
+            step.log("d3/hinge_active", active / len(over))
+            self._active = (self._active[0] + active, self._active[1] + len(over))
         return self._coefficients()[0] * values
 
     def _coefficients(self) -> tuple[float, float]:
@@ -271,10 +273,15 @@ class D3(Objective):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """How far the weights came."""
         self._distance = distances([w.detach() for w in self._selected(model).values()], list(self._reference.values()))
-        total, count = zip(*everywhere((float(self._active[0]), self._active[1])), strict=True)
-        self._active, self._ended = (sum(total), sum(count)), True
+        self._active, self._ended, self._is_whole = self._active_everywhere(), True, True
         if self.inert():
             logger.warning("d3: %s.", self.inert())
+
+    def _active_everywhere(self) -> tuple[int, int]:
+        """`_active`, summed over processes; call it on all of them."""
+        here = (int(self._active[0]), self._active[1])
+        totals, counts = zip(*([here] if self._is_whole else everywhere(here)), strict=True)
+        return sum(totals), sum(counts)
 
     # -- reporting ----------------------------------------------------------------------------------------------------
     def _ratios(self) -> list[float]:
@@ -286,7 +293,7 @@ class D3(Objective):
         return {
             "d3_distance_mean": sum(ratios) / len(ratios) if ratios else 0.0,
             "d3_distance_max": max(ratios, default=0.0),
-            "d3_hinge_active": float(total) / count if count else 0.0,
+            "d3_hinge_active": int(total) / count if count else 0.0,
             "d3_updates": float(self._pulled),
         }
 
@@ -309,14 +316,15 @@ class D3(Objective):
         return {
             **kept,
             "names": self._names, "radius": self._radius.tolist(), "distance": self._distance.tolist(),
-            "active": [float(self._active[0]), self._active[1]], "pulled": self._pulled,
+            "active": list(self._active_everywhere()), "pulled": self._pulled,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._names = list(state["names"])
         self._reference = {name: state[f"W0.{name}"] for name in self._names if f"W0.{name}" in state}
         self._radius, self._distance = torch.tensor(state["radius"]), torch.tensor(state["distance"])
-        self._active, self._pulled = (float(state["active"][0]), int(state["active"][1])), int(state["pulled"])
+        self._active, self._is_whole = (int(state["active"][0]), int(state["active"][1])), True
+        self._pulled = int(state["pulled"])
 
 
 def select_weights(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Parameter]:
@@ -352,13 +360,7 @@ def select_weights(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
                 and "original_module" not in name
             ) or (isinstance(module, nn.Conv2d) and "embedding" not in name)
         else:
-            chosen = any(
-                name == p
-                or name.startswith(f"{p}.")
-                or fnmatch.fnmatchcase(name, p)
-                or fnmatch.fnmatchcase(name, f"{p}.*")
-                for p in patterns
-            )
+            chosen = any(fnmatch.fnmatchcase(name, q) for p in patterns for q in (p, f"{p}.*"))
         if chosen and all(weight is not other for other in found.values()):  # shared by two modules: it moves once
             found[f"{name}.weight"] = weight
     if not found:

@@ -37,7 +37,7 @@ from hf_backdoor_defense.adapters import apply_strategy, has_adapter, refusals, 
 from hf_backdoor_defense.functional.cross_entropy import valid
 from hf_backdoor_defense.functional.thresholds import log_confidence
 from hf_backdoor_defense.models import predict_logits, weights_sha256
-from hf_backdoor_defense.objectives import Objective, Step
+from hf_backdoor_defense.objectives import Objective, Step, everywhere
 
 HELD_OUT = "held_out"
 
@@ -221,9 +221,13 @@ class PSIM(Objective):
             step.log("psim/conf_p95", values.new_tensor(self._after))
 
     def _look(self, model: Any) -> tuple[float, float]:
-        """Mean and 95th percentile of the confidence on held-out rows."""
+        """Mean and 95th percentile of the confidence on held-out rows: the first process's figures, on all of them.
+
+        Figures of several processes may differ in the last bit, and one that stops alone leaves the others waiting.
+        """
         values = log_confidence(predict_logits(model, self._held_out, self._collate)).exp().numpy()
-        return float(values.mean()), float(np.percentile(values, 95))
+        mean, p95 = everywhere((float(values.mean()), float(np.percentile(values, 95))))[0]
+        return mean, p95
 
     # -- after training -----------------------------------------------------------------------------------------------
     def reached(self) -> bool:

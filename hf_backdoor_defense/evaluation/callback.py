@@ -17,6 +17,9 @@ class BackdoorEvalCallback(TrainerCallback):
 
     It only reports. Nothing it measures may choose a checkpoint or a hyper-parameter.
 
+    With several processes it is collective: each measures its part of the rows, and all exchange the counts. Add it on every
+    process, with the same rows; on the first alone it would wait for the others forever.
+
     Args: as `evaluate_backdoor`.
     """
 

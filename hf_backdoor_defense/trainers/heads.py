@@ -193,6 +193,12 @@ def _parallel_reasons(trainer: Any) -> list[str]:
         reasons.append(
             "FSDP1 flattens the weights into vectors that an objective cannot read. Set fsdp_config={'version': 2}."
         )
+    kept_as = str(getattr(fsdp, "state_dict_type", None) or "FULL_STATE_DICT")
+    if getattr(trainer, "is_fsdp_enabled", False) and "FULL_STATE_DICT" not in kept_as and args.save_strategy != "no":
+        reasons.append(
+            f"FSDP would save {kept_as.rpartition('.')[2]}: checkpoints without safetensors weights, which nothing here reads or "
+            "resumes. Set fsdp_state_dict_type: FULL_STATE_DICT (accelerate's file), or save_strategy='no'."
+        )
     return reasons
 
 

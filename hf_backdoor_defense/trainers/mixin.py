@@ -30,7 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_backdoor_defense.functional.cross_entropy import cross_entropy
 from hf_backdoor_defense.objectives import Objective, Step, overrides
-from hf_backdoor_defense.trainers.checkpoints import damage, newest
+from hf_backdoor_defense.trainers.checkpoints import newest, obstacle
 from hf_backdoor_defense.trainers.columns import IS_POISONED, ROW_ID, ColumnCollator, model_columns, with_row_ids
 from hf_backdoor_defense.trainers.fusing import Fusing, forward_with_hidden
 from hf_backdoor_defense.trainers.heads import (
@@ -42,7 +42,14 @@ from hf_backdoor_defense.trainers.heads import (
     take_labels,
 )
 from hf_backdoor_defense.trainers.labeled import LabeledOnly, only_at, take_labeled
-from hf_backdoor_defense.trainers.processes import agreed, one_order, process_reasons, without_repeated
+from hf_backdoor_defense.trainers.processes import (
+    LastBatch,
+    agreed,
+    last_batch,
+    one_order,
+    process_reasons,
+    without_repeated,
+)
 from hf_backdoor_defense.trainers.pushing import PushMixin, only_at_the_end
 from hf_backdoor_defense.trainers.state import load_renamed, load_states, require_safetensors, save_objectives
 
@@ -96,6 +103,7 @@ class DefenseMixin(PushMixin):
         self._has_trained = False
         self._fusing = Fusing()
         self._labeled = LabeledOnly()
+        self._last_batch = LastBatch()
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(
@@ -123,8 +131,14 @@ class DefenseMixin(PushMixin):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """As `Trainer.train`, after every objective was checked and prepared. Raises ValueError with all reasons."""
-        checkpoint = self._checkpoint(resume_from_checkpoint)
-        reasons = agreed(self, self.reasons())
+        checkpoint, refused = None, []
+        try:
+            checkpoint = self._checkpoint(resume_from_checkpoint)
+        except ValueError as error:
+            if self.accelerator.num_processes == 1:
+                raise
+            refused = [str(error)]  # told on every process
+        reasons = agreed(self, refused + self.reasons(), checkpoint=checkpoint)
         if reasons:
             raise ValueError("This training cannot be defended:\n" + "\n".join(f"- {reason}" for reason in reasons))
         if self._has_trained and not self._user_optimizer:
@@ -221,11 +235,15 @@ class DefenseMixin(PushMixin):
 
     def get_train_dataloader(self) -> Any:
         """As the Trainer's own; with several processes every row is dealt out once an epoch, whatever the sampler."""
-        return one_order(self, super().get_train_dataloader())
+        loader = super().get_train_dataloader()
+        self._last_batch = last_batch(self, loader)
+        return one_order(self, loader)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """As the Trainer's own; rows that are only repeated to fill an epoch's last batch over all processes are not learned."""
-        return super().get_batch_samples((without_repeated(self, b) for b in epoch_iterator), num_batches, device)
+        return super().get_batch_samples(
+            (without_repeated(self, batch, self._last_batch) for batch in epoch_iterator), num_batches, device
+        )
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's own; row ids reach neither `generate` nor a forward that bypasses `compute_loss`."""
@@ -261,15 +279,12 @@ class DefenseMixin(PushMixin):
         checkpoint = None if found is None else str(found)
         if checkpoint is None:
             raise ValueError(
-                f"resume_from_checkpoint=True, but `{self.args.output_dir}` holds no checkpoint that is whole: there is "
-                "nothing to resume. Start without it, or name the folder of a checkpoint."
+                f"resume_from_checkpoint=True, but `{self.args.output_dir}` holds no checkpoint to go on with (the log "
+                "says why others were passed over). Start without it, or name the folder of a checkpoint."
             )
         require_safetensors(checkpoint)
-        if wrong := damage(checkpoint, world_size=self.accelerator.num_processes):
-            raise ValueError(
-                f"`{checkpoint}` must be a checkpoint that was written to its end, got {', '.join(wrong)}. Name an earlier one, "
-                "or let resume_from_checkpoint=True find it."
-            )
+        if why := obstacle(checkpoint, world_size=self.accelerator.num_processes):
+            raise ValueError(f"`{checkpoint}` {why} resume_from_checkpoint=True finds an earlier one.")
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         unrepeatable = self.args.train_sampling_strategy == "group_by_length" and self.accelerator.num_processes == 1
         if unrepeatable and (state.epoch or 0.0) % 1 > 1e-6:

@@ -11,9 +11,13 @@
 | `group_by_length` draws its order from each process's own random state, which dropout moves apart | `one_order` |
 """
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +25,9 @@ from accelerate.utils import DistributedType, gather_object
 from torch.utils.data import Sampler
 
 from hf_backdoor_defense.functional.cross_entropy import IGNORE_INDEX
+from hf_backdoor_defense.objectives import overrides
+
+logger = logging.getLogger(__name__)
 
 _WAYS = (
     "On GPUs: `accelerate launch --num_processes N script.py`. On CPUs: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N "
@@ -43,7 +50,9 @@ def process_reasons(trainer: Any) -> list[str]:
             f"{max(asked, group)} processes were started and this training has {here}: each would train alone and write to the "
             f"same folder. {_WAYS}"
         ]
-    is_alone = here == 1 and "WORLD_SIZE" not in os.environ
+    is_alone = (
+        here == 1 and "WORLD_SIZE" not in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    )
     if is_alone and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
         return [
             "accelerate was asked for several processes and started one, as it does for --cpu with --num_processes. Set "
@@ -78,10 +87,10 @@ def require_one_process(what: str, instead: str) -> None:
         )
 
 
-def agreed(trainer: Any, reasons: list[str]) -> list[str]:
+def agreed(trainer: Any, reasons: list[str], *, checkpoint: str | None = None) -> list[str]:
     """The reasons of all processes, and where they differ in what must be the same; equal on every process.
 
-    One exchange of a few hundred bytes, none with a single process.
+    One exchange of a few hundred bytes, none with a single process. `checkpoint`: where this process would go on.
     """
     if trainer.accelerator.distributed_type == DistributedType.NO or trainer.accelerator.num_processes == 1:
         return reasons
@@ -90,6 +99,9 @@ def agreed(trainer: Any, reasons: list[str]) -> list[str]:
         "seed": trainer.args.seed,
         "data_seed": trainer.args.data_seed,
         "rows": len(rows) if hasattr(rows, "__len__") else "a stream",
+        "content of the rows": _rows_digest(rows),
+        "weights": _weights_digest(trainer),
+        "checkpoint": None if checkpoint is None else Path(checkpoint).name,
         "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
         "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
         "max_steps": trainer.args.max_steps,
@@ -108,6 +120,32 @@ def agreed(trainer: Any, reasons: list[str]) -> list[str]:
                 "Build data, arguments and defense from the same values everywhere; rows are dealt out by the Trainer."
             )
     return found
+
+
+def _rows_digest(rows: Any) -> str:
+    """Of the row ids and of the plain values of three rows, in their order; empty where there are none to look at."""
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or not len(rows):
+        return ""
+    digest = hashlib.blake2b(digest_size=8)
+    if "row_id" in (getattr(rows, "column_names", None) or []):
+        digest.update(str(list(rows["row_id"])).encode())
+    for place in (0, len(rows) // 2, len(rows) - 1):
+        row = rows[place]
+        for name, value in row.items() if isinstance(row, Mapping) else ():
+            if isinstance(value, str | int | float | list):
+                digest.update(f"{name}={value}".encode())
+    return digest.hexdigest()
+
+
+def _weights_digest(trainer: Any) -> str:
+    """Of the sums of all weights, where a method looks at them before DDP makes them those of the first process; else empty."""
+    kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # which give out the weights in their own way
+    if trainer.accelerator.distributed_type in kinds or not any(overrides(o, "prepare") for o in trainer.objectives):
+        return ""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in trainer.model.named_parameters():
+        digest.update(f"{name} {weight.detach().double().sum().item()}".encode())
+    return digest.hexdigest()
 
 
 def one_order(trainer: Any, loader: Any) -> Any:
@@ -144,25 +182,57 @@ class _ByEpoch(Sampler):
         return len(self.sampler)
 
 
-def repeated(trainer: Any, batch_size: int) -> int:
+@dataclass(frozen=True)
+class LastBatch:
+    """The last batch of an epoch over all processes: how many of its rows are new (0: all), and rows of one process's batch."""
+
+    new: int = 0
+    size: int = 0
+
+
+def last_batch(trainer: Any, loader: Any) -> LastBatch:
+    """Of the loader of training batches, before it is iterated: a resumed epoch's is another, and does not know its length."""
+    accelerator: Any = trainer.accelerator
+    total: Any = getattr(loader, "total_batch_size", None)
+    rows: Any = getattr(loader, "dataset", None)
+    args = trainer.args
+    is_filled = getattr(accelerator, "even_batches", True) and not args.dataloader_drop_last
+    is_dealt_otherwise = args.train_sampling_strategy == "batch_rebalance"  # uneven batches, no row twice
+    if (
+        accelerator.num_processes == 1
+        or not total
+        or not is_filled
+        or is_dealt_otherwise
+        or not hasattr(rows, "__len__")
+    ):
+        return LastBatch()
+    return LastBatch(len(rows) % total, total // accelerator.num_processes)
+
+
+def repeated(trainer: Any, last: LastBatch) -> int:
     """How many rows at the end of this process's batch were only repeated to make the epoch's last global batch whole.
 
     Ask right after the batch was fetched. 0 in every other batch, with one process, and for a stream without a length.
     """
-    state, here = trainer.accelerator.gradient_state, trainer.accelerator.num_processes
-    if here == 1 or not state.end_of_dataloader or state.remainder <= 0:
+    if not last.new or not trainer.accelerator.gradient_state.end_of_dataloader:
         return 0
-    first = trainer.accelerator.process_index * batch_size
-    return batch_size - min(max(state.remainder - first, 0), batch_size)
+    first = trainer.accelerator.process_index * last.size
+    return last.size - min(max(last.new - first, 0), last.size)
 
 
-def without_repeated(trainer: Any, batch: Any) -> Any:
+def without_repeated(trainer: Any, batch: Any, last: LastBatch) -> Any:
     """The batch that was just fetched, with the labels of repeated rows taken out."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, torch.Tensor) or not labels.ndim:
+    count = repeated(trainer, last)
+    if not count or not isinstance(labels, torch.Tensor) or not labels.ndim:
         return batch
-    count = repeated(trainer, len(labels))
-    if count:
+    if len(labels) != last.size:  # rows were joined or cut up: packing without padding, a collator of one's own
+        logger.warning(
+            "The last batch of an epoch holds %d labeled sequences where %d rows were dealt out: which of them the sampler only "
+            "repeated cannot be told, and they are learned twice. Choose rows that divide by the batch over all processes.",
+            len(labels), last.size,
+        )  # fmt: skip
+    else:
         batch["labels"] = labels.clone()
         batch["labels"][-count:] = IGNORE_INDEX
     return batch

@@ -1,5 +1,6 @@
 """D3 against a loop of its own, written from the formulas: loss, trajectory, spheres, selection, refusals, resume."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -332,6 +333,58 @@ def test_near_with_a_low_loss_changes_nothing_and_says_so(tmp_path, caplog):
     host(tmp_path, acting).train()
     assert acting.inert() is None
     assert d3().inert()  # it never ran
+
+
+ROWS = [[(7, 1), (2, 2)], [(5, 3), (1, 4)], [(6, 5)], [(3, 6), (4, 7)]]  # (rows, seed) of batches that a process sees
+
+
+def active_by_numpy(parts, eps):
+    values = np.concatenate([rows_by_numpy(*batch(n, seed=seed)) for part in parts for n, seed in part])
+    return (values > eps).mean()
+
+
+def see(objective, part):
+    for n, seed in part:
+        objective.loss(step_of(*batch(n, seed=seed)))
+
+
+def test_the_share_of_active_rows_weighs_short_batches_by_their_rows():
+    objective = d3(eps=1.0)
+    see(objective, ROWS[0] + ROWS[1])
+    assert objective.activity()["d3_hinge_active"] == active_by_numpy(ROWS[:2], 1.0)
+
+
+def test_after_a_resume_with_two_processes_every_row_is_counted_once(monkeypatch):
+    """Two objects play the processes: each call is made by both, first to hear what both have to tell."""
+    module, model, run = "hf_backdoor_defense.defenses.d3", vit(), SimpleNamespace(global_step=0)
+
+    def on_both(ranks, call):
+        told = []
+        monkeypatch.setattr(f"{module}.everywhere", lambda mine: told.append(mine) or [mine])
+        for objective in copy.deepcopy(ranks):
+            call(objective)
+        monkeypatch.setattr(f"{module}.everywhere", lambda mine: told)
+        return [call(objective) for objective in ranks]
+
+    def train(ranks, parts, checkpoint):
+        for rank, (objective, part) in enumerate(zip(ranks, parts, strict=True)):
+            monkeypatch.setattr(f"{module}.is_first_process", lambda rank=rank: rank == 0)
+            objective.prepare(fake(vit()), checkpoint=checkpoint)
+            objective.on_train_begin(None, run, None, model=model)
+            see(objective, part)
+
+    before, after = [d3(eps=1.0), d3(eps=1.0)], [d3(eps=1.0), d3(eps=1.0)]
+    train(before, ROWS[:2], None)
+    saved, _ = on_both(before, lambda objective: objective.state_dict())
+    for objective in after:
+        objective.load_state_dict(saved)
+        assert objective.activity()["d3_hinge_active"] == active_by_numpy(ROWS[:2], 1.0)
+    train(after, ROWS[2:], "checkpoint-1")
+    on_both(after, lambda objective: objective.on_train_end(None, run, None, model=model))
+    expected = active_by_numpy(ROWS, 1.0)
+    assert 0 < expected < 1 and [o.activity()["d3_hinge_active"] for o in after] == [expected] * 2
+    monkeypatch.delattr(f"{module}.everywhere")  # a finished one talks to nobody
+    assert after[0].state_dict()["active"] == after[1].state_dict()["active"]
 
 
 def test_the_log_carries_the_distance(tmp_path):

@@ -139,6 +139,17 @@ def test_it_stops_as_soon_as_clean_confidence_has_fallen(tmp_path):
     assert full.objectives[0].activity()["stopped"] == 0.0
 
 
+@pytest.mark.parametrize("first, steps", [(0.5, 1), (1.0, 5)])
+def test_the_first_process_decides_for_all_when_to_stop(tmp_path, monkeypatch, first, steps):
+    """This one, the second of two, would have gone on, or stopped: one that stops alone leaves the others waiting."""
+    monkeypatch.setattr("hf_backdoor_defense.defenses.psim.everywhere", lambda mine: [(first, first), mine])
+    psim = PSIM(stop_margin=0.1, stop_every=1)
+    host = trainer(tmp_path, psim, model=confident(scale=200 if first == 0.5 else 0.0), num_train_epochs=1)
+    host.train()
+    assert host.state.global_step == steps and psim.activity()["stopped"] == (first == 0.5)
+    assert psim.activity()["conf_p95_after"] == first
+
+
 def test_looking_changes_no_step(tmp_path):
     hosts = []
     for every in (1, 1000):

@@ -23,7 +23,7 @@ from tests.distributed.launch import ROOT, launched
 from tests.trainers.toys import PadCollator, arguments, bert, classification_rows, same, weights
 
 SCRIPT = str(Path(__file__))
-SAVED, DEAD, UPDATES = 4, 5, 12
+SAVED, DEAD, UPDATES = 4, 5, 20  # five updates an epoch, the last one of 2 rows: all of it lies inside an epoch
 
 
 def host(folder: Path, *, rows=None, defense=None, callbacks=(), **changes) -> DefendedTrainer:
@@ -31,7 +31,7 @@ def host(folder: Path, *, rows=None, defense=None, callbacks=(), **changes) -> D
     return DefendedTrainer(
         bert(),
         args=arguments(folder, **options),
-        train_dataset=classification_rows(24) if rows is None else rows,
+        train_dataset=classification_rows(34) if rows is None else rows,
         data_collator=PadCollator(),
         defense=DeCE(alpha_base=0.7) if defense is None else defense,
         callbacks=list(callbacks),

@@ -85,3 +85,13 @@ def test_what_one_process_must_do_is_refused_and_nothing_is_written(tmp_path, mo
     with pytest.raises(error, match=told):
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["clean_pretrained", "filter_poisoned_rows", "sft_poisoned_instructions"])
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(SystemExit, match="do not divide by 3 processes: start 1, 2, 4 or 8"):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert not list(tmp_path.iterdir())

@@ -199,6 +199,21 @@ def test_fsdp_1_is_refused_and_fsdp_2_is_not(tmp_path, version, refused):
     assert any("FSDP1" in reason for reason in trainer.reasons()) == refused
 
 
+@pytest.mark.parametrize(
+    "kind, saving, refused",
+    [("SHARDED_STATE_DICT", "steps", True), ("SHARDED_STATE_DICT", "no", False), ("FULL_STATE_DICT", "steps", False)],
+)
+def test_sharded_checkpoints_are_refused_where_any_would_be_saved(tmp_path, kind, saving, refused):
+    """Under them the Trainer writes no safetensors weights."""
+    trainer = make(tmp_path, save_strategy=saving)
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator = accelerator(
+        fsdp_plugin=SimpleNamespace(fsdp_version=2, state_dict_type=torch.distributed.fsdp.StateDictType[kind])
+    )
+    reasons = [reason for reason in trainer.reasons() if "fsdp_state_dict_type: FULL_STATE_DICT" in reason]
+    assert len(reasons) == refused and all(kind in reason for reason in reasons)
+
+
 # -- data sets without a length ---------------------------------------------------------------------------------------
 def test_a_streaming_data_set_trains_in_one_epoch_and_says_so(tmp_path, caplog):
     rows = language_rows(16).add_column("is_poisoned", [True] * 16).add_column("text", ["words"] * 16)

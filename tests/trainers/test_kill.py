@@ -1,5 +1,6 @@
 """A killed training, resumed in another process, ends with the weights of one left alone; broken checkpoints are told."""
 
+import json
 import logging
 import resource
 import shutil
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_backdoor_defense.defenses.dece import DeCE
-from hf_backdoor_defense.trainers.checkpoints import checkpoints, damage, newest
+from hf_backdoor_defense.trainers.checkpoints import checkpoints, damage, newest, obstacle
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from tests.trainers.toys import PadCollator, arguments, bert, classification_rows
 
@@ -92,15 +93,92 @@ def test_a_checkpoint_cut_short_is_told_and_the_one_before_it_used(run, caplog, 
         trainer.train(resume_from_checkpoint=True)
     assert f"{last} was not written to its end" in caplog.text and told in caplog.text
     assert trainer.state.global_step == 4 and not damage(run / "checkpoint-4")
-    with pytest.raises(ValueError, match="must be a checkpoint that was written to its end"):
+    with pytest.raises(ValueError, match="was not written to its end .*Delete it"):
         cut(run / "checkpoint-1" / "model.safetensors")
         host(run).train(resume_from_checkpoint=str(run / "checkpoint-1"))
+
+
+def without_the_run(checkpoint: Path) -> None:
+    """As `save_only_model=True` leaves it."""
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (checkpoint / name).unlink()
+
+
+def test_a_checkpoint_of_the_model_only_is_no_damage_and_is_not_resumed(run, tmp_path, caplog):
+    host(tmp_path / "only", save_only_model=True).train()
+    without_the_run(run / "checkpoint-3")
+    only = tmp_path / "only" / "checkpoint-3"
+    assert {path.name for path in only.iterdir()} == {path.name for path in (run / "checkpoint-3").iterdir()}
+    with pytest.raises(ValueError, match="holds the model only .*save_only_model") as refused:
+        host(tmp_path / "only").train(resume_from_checkpoint=str(only))
+    assert "Delete it" not in str(refused.value) and not damage(only)
+    with caplog.at_level(logging.WARNING):
+        with pytest.raises(ValueError, match="holds no checkpoint to go on with"):
+            host(tmp_path / "only").train(resume_from_checkpoint=True)
+        assert newest(run) == run / "checkpoint-2"
+    told = [line for line in caplog.messages if "save_only_model" in line]
+    assert len(told) == 4 and not any("Delete it" in line for line in told)
+
+
+def saved_by(checkpoint: Path, ranks) -> None:
+    """The random states of these processes in place of one."""
+    state = (checkpoint / "rng_state.pth").read_bytes()
+    (checkpoint / "rng_state.pth").unlink()
+    for rank in ranks:
+        (checkpoint / f"rng_state_{rank}.pth").write_bytes(state)
+
+
+@pytest.mark.parametrize(
+    "before, now, can", [(1, 4, True), (2, 1, True), (2, 2, True), (4, 2, True), (2, 4, False), (3, 4, False)]
+)
+def test_more_processes_than_the_several_that_saved_it(run, before, now, can):
+    last = run / "checkpoint-3"
+    if before > 1:
+        saved_by(last, range(before))
+    why = obstacle(last, world_size=now)
+    assert not damage(last) and (why is None) == can
+    if why is not None:
+        assert why.startswith(
+            f"was saved by {before} processes, and {now} go on with it: the random states of the others are"
+        )
+        assert why.endswith(f"Start at most {before}.") and "Delete" not in why
+    assert (newest(run, world_size=now) == last) == can
+
+
+@pytest.mark.parametrize("ranks, missing", [((0,), 1), ((1,), 0), ((0, 2), 1)])
+def test_a_process_that_did_not_get_to_save_is_told(run, ranks, missing):
+    saved_by(run / "checkpoint-3", ranks)
+    assert damage(run / "checkpoint-3") == [f"rng_state_{missing}.pth (missing)"]
+
+
+def test_files_of_the_user_in_a_checkpoint_are_not_looked_at(run):
+    last = run / "checkpoint-3"
+    for name in (
+        "notes.json",
+        "mine.safetensors",
+        "model-notes.json",
+        "curve.pt",
+        "old.bin",
+        "mine.safetensors.index.json",
+    ):
+        (last / name).write_bytes(b"anything")
+    assert obstacle(last) is None
+    host(run, max_steps=4).train(resume_from_checkpoint=True)
+    assert (run / "checkpoint-4").is_dir()
+
+
+def test_a_missing_shard_is_told(run):
+    last = run / "checkpoint-3"
+    (last / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+    )
+    assert damage(last) == ["model-00001-of-00002.safetensors (missing)"]
 
 
 def test_no_whole_checkpoint_is_said_so_and_nothing_is_removed(run):
     for path in checkpoints(run):
         cut(path / "model.safetensors")
-    with pytest.raises(ValueError, match="holds no checkpoint that is whole"):
+    with pytest.raises(ValueError, match="holds no checkpoint to go on with"):
         host(run).train(resume_from_checkpoint=True)
     assert len(checkpoints(run)) == 3
 
