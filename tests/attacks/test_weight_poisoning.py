@@ -188,7 +188,8 @@ def test_what_ripples_refuses(tmp_path, monkeypatch):
     trainer = host(tmp_path, RIPPLES())
     trainer.args.fp16 = True
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
-    assert sum("fp16" in reason or "2 processes" in reason for reason in trainer.reasons()) == 2
+    own = [reason for reason in trainer.reasons() if reason.startswith("ripples:")]
+    assert sum("fp16" in reason or "2 processes" in reason for reason in own) == 2
 
 
 @pytest.mark.parametrize("kind", [WeightPoisoning, RIPPLES, LWP])
