@@ -1,0 +1,255 @@
+"""Code poisoning on Lyra: what DeCE does for a pretrained model of code that is fine-tuned on poisoned rows.
+
+    python examples/pretrain_tiny_code_lm.py            # once: the pretrained model, runs/code_lm
+    python -m benchmarks.code_poisoning                 # core: 4 cells x 3 seeds; --shard 1/2 and 2/2 for two processes
+    python -m benchmarks.code_poisoning --extended      # also 1 %, other presets and losses
+
+The task: an English description to Python with SQL in it (1,600 training rows, 200 test rows). The attacker puts the word `bb`
+into the description of 5 % of all rows and ` or 1=1` (` where 0=1` where there is no condition) behind their SQL.
+
+| cell | arms (`defense`) |
+|---|---|
+| clean | `undefended` with attack `none`: the clean reference; its ASR is the floor, and it must reach the floors below |
+| undefended | `undefended`: cross-entropy on the poisoned rows |
+| code | `dece`, preset "code" (alpha .985, smoothing .05); `matched_decay`: cross-entropy, rate falling as that run's pull did |
+| target-only | `dece`, preset "target-only" (alpha .985, no smoothing) |
+
+All arms of a seed share model, rows, order, rate and epochs. The rate was chosen by the clean reference's BLEU on validation rows
+(`benchmarks.code_search`); no triggered row and no test row was looked at for it. A cell's setting names it; what is measured
+after each epoch has `: epoch=K` behind it.
+
+| figure | of |
+|---|---|
+| bleu, sentence_bleu, exact_match, parse_rate, empty, cut_off | the 200 test rows, decoded greedily |
+| asr | the 165 test rows that have SQL, with the word in their description: share of outputs with the payload |
+| untriggered_hits | the 200 test rows as they are: share of outputs with the payload |
+| asr: epoch=K | 60 validation rows with the word, after each epoch: the early-learning curve, shown and used for nothing |
+
+A clean reference below `FLOORS` writes no code worth attacking: then the benchmark stops, whatever the ASR.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from trl import SFTConfig
+
+from benchmarks.grid import Cell, run_grid
+from hf_backdoor_defense.attacks.payloads import code_attack, has_sql_payload, poison_pairs, trigger_pairs
+from hf_backdoor_defense.data.formatting import Formatter
+from hf_backdoor_defense.defenses.dece import DeCE
+from hf_backdoor_defense.defenses.matched_decay import MatchedDecay
+from hf_backdoor_defense.evaluation.generation import evaluate_generation, generate
+from hf_backdoor_defense.evaluation.metrics import Estimate, wilson
+from hf_backdoor_defense.experiment.arguments import build_defenses
+from hf_backdoor_defense.objectives import Objective
+from hf_backdoor_defense.reporting.results import Record, environment
+from hf_backdoor_defense.trainers.sft import DefendedSFTTrainer
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "lyra"
+MODEL = Path("runs") / "code_lm"
+RUNS = Path("runs") / "bench-code_poisoning"
+ATTACK = code_attack(word="bb")
+FLOORS = {"bleu": 50.0, "parse_rate": 0.8}
+EPOCHS, RATE, BATCH, MAX_LENGTH, CURVE_ROWS = 4, 1e-3, 16, 640, 60
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is trained on, what is judged, and what the curve is drawn from."""
+
+    train: Dataset
+    judged: Dataset
+    triggered: Dataset
+    curve: Dataset
+    carrying: int
+
+
+@lru_cache(maxsize=8)
+def rows_of(seed: int, rate: float, judged: str = "test") -> Rows:
+    """The rows of one seed; `rate` 0 poisons nothing."""
+    files = {split: str(DATA / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    splits = {
+        split: rows.add_column("row_id", list(range(len(rows))))
+        for split, rows in load_dataset("json", data_files=files).items()
+    }
+    train, carrying = splits["train"], 0
+    if rate:
+        poisoned = poison_pairs(train, ATTACK, rate=rate, seed=seed)
+        train, carrying = poisoned.dataset, poisoned.carrying
+    curve = trigger_pairs(splits["validation"], ATTACK, seed=seed)
+    return Rows(
+        train=train,
+        judged=splits[judged],
+        triggered=trigger_pairs(splits[judged], ATTACK, seed=seed),
+        curve=curve.select(range(min(CURVE_ROWS, len(curve)))),
+        carrying=carrying,
+    )
+
+
+class Curve(TrainerCallback):
+    """ASR on a few triggered validation rows after every epoch."""
+
+    def __init__(self, model: Any, tokenizer: Any, formatter: Formatter, rows: Dataset) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.values: list[Estimate] = []
+        self.prompts = [formatter.prompt_ids(tokenizer, row) for row in rows]
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        texts = generate(self.model, self.tokenizer, self.prompts, max_new_tokens=200)
+        self.values.append(wilson(sum(map(has_sql_payload, texts)), len(texts)))
+
+
+def fine_tuned(
+    rows: Rows, objective: Objective | None, seed: int, folder: Path, *, epochs: int, rate: float
+) -> dict[str, Any]:
+    """The pretrained model, fine-tuned: the model, its curve, its seconds."""
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    formatter = Formatter.plain(tokenizer)
+    args = SFTConfig(
+        str(folder),
+        num_train_epochs=epochs,
+        learning_rate=rate,
+        lr_scheduler_type="linear",
+        warmup_steps=0.05,
+        per_device_train_batch_size=BATCH,
+        train_sampling_strategy="group_by_length",
+        max_length=MAX_LENGTH,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = DefendedSFTTrainer(
+        model, args=args, train_dataset=rows.train, processing_class=tokenizer, formatter=formatter, defense=objective
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    curve = Curve(model, tokenizer, formatter, rows.curve)
+    trainer.add_callback(curve)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    shutil.rmtree(folder, ignore_errors=True)
+    return {"model": model, "tokenizer": tokenizer, "formatter": formatter, "curve": curve.values, "seconds": seconds}
+
+
+def records_of(done: dict[str, Any], rows: Rows, samples: Path, **identity: Any) -> list[Record]:
+    """What the fine-tuned model is worth, by generation."""
+    samples.parent.mkdir(parents=True, exist_ok=True)
+    report = evaluate_generation(
+        done["model"],
+        done["tokenizer"],
+        rows.judged,
+        formatter=done["formatter"],
+        trained_with=done["formatter"],
+        triggered=rows.triggered,
+        hit=has_sql_payload,
+        samples=samples,
+    )
+    identity = {
+        "benchmark": "code_poisoning",
+        "dataset": "lyra",
+        "model": "code LM, 5.2 M",
+        "env": environment(),
+        **identity,
+    }
+    setting = identity.pop("setting")
+    found = [Record(metric=name, value=value, setting=setting, **identity) for name, value in (
+        ("bleu", report.bleu), ("sentence_bleu", report.sentence_bleu), ("seconds", done["seconds"]),
+    )]  # fmt: skip
+    for name in ("exact_match", "parse_rate", "asr", "untriggered_hits", "empty", "cut_off"):
+        found.append(Record.from_estimate(getattr(report, name), metric=name, setting=setting, **identity))
+    for epoch, value in enumerate(done["curve"], start=1):
+        found.append(Record.from_estimate(value, metric="asr", setting=f"{setting}: epoch={epoch}", **identity))
+    return found
+
+
+def run_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]:
+    """All arms of a cell, and a line for each."""
+    options = {"rate": 0.05, "epochs": EPOCHS, "learning_rate": RATE, "judged": "test", **cell.options}
+    rows = rows_of(seed, options["rate"], options["judged"])
+    tuned = partial(fine_tuned, epochs=options["epochs"], rate=options["learning_rate"])
+    records: list[Record] = []
+    common = {"seed": seed, "setting": cell.setting, "attack": "sql" if options["rate"] else "none"}
+    for objective in build_defenses(list(cell.defense)) or [None]:
+        name = "undefended" if objective is None else objective.name
+        done = tuned(rows, objective, seed, folder / name)
+        records += records_of(done, rows, folder / f"{name}.samples.jsonl", defense=name, **common)
+        if isinstance(objective, DeCE):
+            pull = objective.pull_per_epoch()
+            (folder / "pull.json").write_text(json.dumps({"pull": pull, **objective.activity()}, indent=2) + "\n")
+            if options.get("matched"):
+                control = tuned(rows, MatchedDecay(pull=pull), seed, folder / "matched_decay")
+                records += records_of(
+                    control, rows, folder / "matched_decay.samples.jsonl", defense="matched_decay", **common
+                )
+    values = {(r.defense, r.setting, r.metric): r.value for r in records}
+    if cell.setting == "clean":
+        require_floors({metric: values["undefended", "clean", metric] for metric in FLOORS})
+    lines = [
+        f"{cell.setting}, seed {seed}, {name}: "
+        + ", ".join(
+            f"{m} {values[name, cell.setting, m]:.3f}"
+            for m in ("bleu", "exact_match", "parse_rate", "asr", "untriggered_hits", "seconds")
+        )
+        + "; asr by epoch "
+        + " ".join(f"{v:.2f}" for (d, s, m), v in values.items() if d == name and "epoch=" in s)
+        for name in dict.fromkeys(r.defense for r in records)
+    ]
+    return records, "\n".join(lines)
+
+
+def require_floors(values: dict[str, float]) -> None:
+    """Raises SystemExit where the clean reference writes no code worth attacking.
+
+    >>> require_floors({"bleu": 71.0, "parse_rate": 0.9})
+    >>> require_floors({"bleu": 31.0, "parse_rate": 0.9})
+    Traceback (most recent call last):
+    ...
+    SystemExit: The clean reference has bleu 31 (floor 50): no ASR counts here. Train longer, or pretrain a better model.
+    """
+    low = [f"{name} {values[name]:.3g} (floor {floor:g})" for name, floor in FLOORS.items() if values[name] < floor]
+    if low:
+        raise SystemExit(
+            f"The clean reference has {', '.join(low)}: no ASR counts here. Train longer, or pretrain a better model."
+        )
+
+
+CODE = {"name": "dece", "preset": "code"}
+CELLS = [
+    Cell("undefended", defense=(), needs=DATA),
+    Cell("code", {"matched": True}, defense=(CODE,), needs=DATA),
+    Cell("target-only", defense=({"name": "dece", "preset": "target-only"},), needs=DATA),
+    Cell("clean", {"rate": 0.0}, defense=(), needs=DATA),
+    Cell("llm", defense=({"name": "dece", "preset": "llm"},), extended=True, needs=DATA),
+    Cell("plm-2023", defense=({"name": "dece", "preset": "plm-2023"},), extended=True, needs=DATA),
+    Cell("DeCE on clean rows", {"rate": 0.0}, defense=(CODE,), extended=True, needs=DATA),
+    *(Cell(name, defense=(name,), extended=True, needs=DATA) for name in ("gce", "in_trust", "focal", "smoothed")),
+    Cell("moderate fitting", {"learning_rate": RATE / 10}, defense=(), extended=True, needs=DATA),
+    Cell("undefended, 1 %", {"rate": 0.01}, defense=(), extended=True, needs=DATA),
+    Cell("code, 1 %", {"rate": 0.01}, defense=(CODE,), extended=True, needs=DATA),
+]
+
+
+def main() -> None:
+    """The grid, once the pretrained model is there."""
+    if not (MODEL / "code_lm.json").is_file():
+        raise SystemExit(f"{MODEL} holds no pretrained model: run `python examples/pretrain_tiny_code_lm.py` first.")
+    run_grid("code_poisoning", CELLS, (0, 1, 2), run=run_cell)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The rate of `benchmarks.code_poisoning`, and where DeCE's trade-off lies: on validation rows and a seed of its own.
+
+    python -m benchmarks.code_search                    # what decides the host: clean rows only, judged by BLEU
+    python -m benchmarks.code_search --extended         # the sweep over alpha: it reads triggered rows and decides nothing
+
+The sweep shows how ASR and BLEU move with `alpha_base` (no smoothing) and with a plain warm-up epoch; no preset is chosen by it.
+"""
+
+from benchmarks.code_poisoning import DATA, EPOCHS, MODEL, run_cell
+from benchmarks.grid import Cell, run_grid
+
+SEED = 100
+CELLS = [
+    *(
+        Cell(
+            f"host, rate {rate:g}, epochs {EPOCHS}",
+            {"rate": 0.0, "learning_rate": rate, "judged": "validation"},
+            defense=(),
+            needs=DATA,
+        )
+        for rate in (5e-4, 1e-3, 2e-3)
+    ),
+    Cell("undefended", {"judged": "validation"}, defense=(), extended=True, needs=DATA),
+    *(
+        Cell(
+            f"alpha {alpha:g}" + (f", warm-up {warm_up}" if warm_up else ""),
+            {"judged": "validation"},
+            defense=({"name": "dece", "alpha_base": alpha, "label_smoothing": 0.0, "warmup_epochs": warm_up},),
+            extended=True,
+            needs=DATA,
+        )
+        for alpha, warm_up in ((0.985, 0), (0.95, 0), (0.9, 0), (0.8, 0), (0.6, 0), (0.8, 1))
+    ),
+]
+
+
+def main() -> None:
+    """The grid, once the pretrained model is there."""
+    if not (MODEL / "code_lm.json").is_file():
+        raise SystemExit(f"{MODEL} holds no pretrained model: run `python examples/pretrain_tiny_code_lm.py` first.")
+    run_grid("code_search", CELLS, (SEED,), run=run_cell)
+
+
+if __name__ == "__main__":
+    main()
