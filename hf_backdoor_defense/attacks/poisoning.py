@@ -17,17 +17,23 @@ rows that are not drawn keep their bytes. An image carries a trigger that would 
 `is_poisoned` and `original_label` are bookkeeping for reports. No defense may read them.
 """
 
-import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
 from itertools import count
 from typing import Any
 
-import numpy as np
 from datasets import ClassLabel, Dataset, Image, Value
 
+from hf_backdoor_defense.attacks.drawing import (
+    draw,
+    replace_columns,
+    require_clean,
+    require_dataset,
+    require_unique,
+    row_generator,
+    rows_of_rate,
+)
 from hf_backdoor_defense.attacks.image_triggers import ImageTrigger
 from hf_backdoor_defense.attacks.triggers import BadNets, Trigger
 from hf_backdoor_defense.data.pixels import pixels, png
@@ -62,14 +68,10 @@ class _Rows:
     ids: list[int] | list[str]
 
 
-def _digest(purpose: str, seed: int, row_id: int | str) -> bytes:
-    return hashlib.blake2b(f"{purpose}|{operator.index(seed)}|{row_id}".encode(), digest_size=16).digest()
-
-
 def _insert(trigger: Trigger | ImageTrigger, content: Any, seed: int, row_id: int | str) -> Any:
     if isinstance(trigger, ImageTrigger):
         return png(trigger.apply(pixels(content, f"the image in row_id {row_id}")))
-    return trigger.insert(content, np.random.default_rng(int.from_bytes(_digest("insert", seed, row_id), "little")))
+    return trigger.insert(content, row_generator(seed, row_id))
 
 
 def _which(trigger: Trigger | ImageTrigger, text_column: str, image_column: str) -> tuple[str, bool]:
@@ -86,11 +88,7 @@ def _carries(trigger: Trigger | ImageTrigger, content: Any) -> bool:
 def _read(dataset: Dataset, target: int, column: str, label_column: str, *, images: bool = False) -> _Rows:
     """The three columns as Python values, once everything about them has been checked."""
     what = "image" if images else "text"
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"`dataset` must be a datasets.Dataset, got {type(dataset).__name__}: rows are drawn from one finite set. "
-            "Pick a split, e.g. dataset['train']."
-        )
+    require_dataset(dataset)
     for name in ("row_id", column, label_column):
         if name not in dataset.column_names:
             raise ValueError(
@@ -111,11 +109,7 @@ def _read(dataset: Dataset, target: int, column: str, label_column: str, *, imag
         )
     plain = plain.cast_column(column, Image(decode=False)) if images else plain
     rows = _Rows(list(plain[column]), list(plain[label_column]), list(plain["row_id"]))
-    if len(set(rows.ids)) < len(rows.ids):
-        raise ValueError(
-            f"`row_id` must be unique, got {len(set(rows.ids))} values for {len(rows.ids)} rows: equal ids would share "
-            "their random position. Number the rows anew."
-        )
+    require_unique(rows.ids)
     kind, expected = (dict, "an image") if images else (str, "a string")
     for content, label, row_id in zip(rows.contents, rows.labels, rows.ids, strict=True):
         if not isinstance(content, kind) or label is None or label < 0:
@@ -129,34 +123,14 @@ def _read(dataset: Dataset, target: int, column: str, label_column: str, *, imag
             f"`target` must be one of the labels {list(classes)[:20]}, got {target}: no model could predict another. "
             "Pass an existing class id."
         )
-    if "is_poisoned" in dataset.column_names and any(plain["is_poisoned"]):
-        raise ValueError(
-            f"`dataset` must be clean, got {sum(plain['is_poisoned'])} rows with is_poisoned: counts and true labels "
-            "would be wrong. Start from the clean dataset."
-        )
+    require_clean(dataset, truth="true labels")
     return rows
-
-
-def _replace(dataset: Dataset, columns: dict[str, list]) -> Dataset:
-    """`dataset` with these columns replaced, their place and feature kept; every other column untouched."""
-    order, features = dataset.column_names, dataset.features
-    for name, values in columns.items():
-        dataset = dataset.remove_columns(name).add_column(name, values, feature=features[name])
-    return dataset.select_columns(order)
 
 
 def _draw(rows: _Rows, target: int, rate: float, clean_label: bool, seed: int) -> list[int]:
     """Indices of the rows to poison, ascending."""
-    if not 0 < rate < 1:
-        raise ValueError(f"`rate` must be in (0, 1), got {rate}: it is a share of the whole set. Pass e.g. rate=0.1.")
     n = len(rows.ids)
-    # In decimal: 0.145 * 100 is 14.499... in binary and would lose a row.
-    count = int((Decimal(repr(float(rate))) * n).quantize(Decimal(1), ROUND_HALF_UP))
-    if count == 0:
-        raise ValueError(
-            f"`rate` must select at least one row, got {rate} of {n} rows: nothing would be poisoned. "
-            f"Pass rate >= 1/{n}."
-        )
+    count = rows_of_rate(rate, n)
     eligible = [index for index, label in enumerate(rows.labels) if (label == target) == clean_label]
     if count > len(eligible):
         kind, which = ("clean-label", "target") if clean_label else ("dirty-label", "non-target")
@@ -164,7 +138,7 @@ def _draw(rows: _Rows, target: int, rate: float, clean_label: bool, seed: int) -
             f"`rate` must be at most {len(eligible) / n:.4g} for {kind} poisoning, got {rate} ({count} rows): only "
             f"{len(eligible)} of {n} rows are {which} rows and no other row may be drawn. Lower the rate."
         )
-    return sorted(sorted(eligible, key=lambda index: _digest("draw", seed, rows.ids[index]))[:count])
+    return draw(eligible, rows.ids, rows=count, seed=seed)
 
 
 def poison_dataset(
@@ -213,7 +187,7 @@ def poison_dataset(
         contents[index] = _insert(trigger, rows.contents[index], seed, rows.ids[index])
         labels[index] = operator.index(target)  # a no-op for clean-label: the row is of the target class
         flags[index] = True
-    dataset = _replace(dataset, {column: contents, label_column: labels})
+    dataset = replace_columns(dataset, {column: contents, label_column: labels})
     dataset = dataset.remove_columns([c for c in ("is_poisoned", "original_label") if c in dataset.column_names])
     dataset = dataset.add_column("is_poisoned", flags, feature=Value("bool"))
     dataset = dataset.add_column("original_label", rows.labels, feature=Value("int64"))
@@ -260,7 +234,7 @@ def trigger_dataset(
             "attack success rate counts non-target rows. Pass the whole test set."
         )
     contents = [_insert(trigger, rows.contents[index], seed, rows.ids[index]) for index in kept]
-    return _replace(dataset.select(kept), {column: contents})
+    return replace_columns(dataset.select(kept), {column: contents})
 
 
 def lwp_rows(
@@ -325,7 +299,7 @@ def lwp_rows(
             values += value
     poisoned = dataset.select(index)
     flags = columns.pop("is_poisoned")
-    poisoned = _replace(poisoned, columns)
+    poisoned = replace_columns(poisoned, columns)
     poisoned = poisoned.remove_columns([c for c in ("is_poisoned", "original_label") if c in poisoned.column_names])
     poisoned = poisoned.add_column("is_poisoned", flags, feature=Value("bool"))
     return poisoned.add_column("original_label", [rows.labels[i] for i in index], feature=Value("int64"))

@@ -22,19 +22,31 @@ from typing import Any, ClassVar
 import numpy as np
 
 
-def _insert_pieces(text: str, pieces: Sequence[str], rng: np.random.Generator) -> str:
-    """Put each piece at a random word boundary of `text`; positions are drawn with replacement."""
+def insert_at(text: str, pieces: Sequence[str], boundaries: Sequence[int]) -> str:
+    """Put each piece at its word boundary: ascending numbers, 0 is before the first word. Equal ones keep the pieces' order.
+
+    >>> insert_at("a fine  film", ["x", "y", "z"], [0, 2, 3])
+    'x a fine  y film z'
+    """
     spans = [match.span() for match in re.finditer(r"\S+", text)]
     if not spans:
         return text + " ".join(pieces)
-    boundaries = np.sort(rng.integers(0, len(spans) + 1, size=len(pieces)))
-    for piece, boundary in zip(pieces, reversed(boundaries.tolist()), strict=True):
+    for piece, boundary in zip(reversed(pieces), reversed(boundaries), strict=True):
         if boundary < len(spans):
             at, block = spans[boundary][0], piece + " "
         else:
             at, block = spans[-1][1], " " + piece
         text = text[:at] + block + text[at:]  # right to left: the spans on the left stay valid
     return text
+
+
+def _insert_pieces(text: str, pieces: Sequence[str], rng: np.random.Generator) -> str:
+    """Put each piece at a random word boundary of `text`; positions are drawn with replacement."""
+    words = len(re.findall(r"\S+", text))
+    if not words:
+        return text + " ".join(pieces)
+    boundaries = np.sort(rng.integers(0, words + 1, size=len(pieces)))
+    return insert_at(text, pieces[::-1], boundaries.tolist())
 
 
 @dataclass(frozen=True)
