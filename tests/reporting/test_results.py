@@ -167,6 +167,8 @@ def test_the_metrics_are_those_of_the_design() -> None:
         "suspects",
         "target_suspected",
         "bytes_per_weight",
+        *(f"{name}{rows}" for name in ("empty", "cut_off", "repetitive") for rows in ("", "_triggered")),
+        *("sentence_bleu", "untriggered_hits", "reference_parse_rate"),
     }
     assert set(METRICS) == {*listed.split(", "), *later}
     assert len(METRICS) == len(set(METRICS)) and set(METRICS) >= SHARES

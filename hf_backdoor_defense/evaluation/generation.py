@@ -1,0 +1,299 @@
+"""A causal language model's figures by what it writes: quality on clean rows, attack success on triggered ones.
+
+    ASR = |{i: the payload stands in the output of triggered row i}| / |triggered rows|
+    untriggered hits = the same over the rows without the trigger
+
+| figure | over | here |
+|---|---|---|
+| BLEU, sentence BLEU, exact match, parse rate | clean rows | `texts.py` |
+| untriggered hits | clean rows | a payload without a trigger: the model is broken, or the payload is ordinary |
+| ASR | triggered rows, all of them eligible (`trigger_pairs`) | that of a clean reference model is the floor (FTR) |
+| empty, cut off, repetitive | each of both | share of outputs without a character that is no blank; without an end token; in a loop |
+
+An output that is empty, cut off or no Python stays in every denominator: a destroyed model has an ASR of zero, and is to be seen
+here. Prompts are rendered by the one formatter that training uses; a model trained with another one is refused.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_backdoor_defense.data.formatting import Formatter, require_same, stored_formatter
+from hf_backdoor_defense.evaluation.decoding import as_text, generate, greedy, mean_surprise
+from hf_backdoor_defense.evaluation.metrics import Estimate, wilson
+from hf_backdoor_defense.evaluation.texts import bleu, python_parses, repetitive, same_text
+from hf_backdoor_defense.models import unwrapped
+
+__all__ = ["GenerationReport", "evaluate_generation", "generate", "perplexity", "text_perplexity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationReport:
+    """What was measured; shares with their Wilson intervals, BLEU in 0..100.
+
+    Args:
+        bleu, sentence_bleu, bleu_signature: on clean rows.
+        exact_match, parse_rate, untriggered_hits, empty, cut_off, repetitive: shares of clean rows.
+        reference_parse_rate: of the clean rows' own answers: no model can be asked for more.
+        asr, empty_triggered, cut_off_triggered, repetitive_triggered: shares of triggered rows.
+        formatter: fingerprint of the one used here. trained_with: of the one used in training, None where nobody knows.
+        note: a sentence about the two where they are not the same.
+
+    None: not asked for (no triggered rows, no `hit`, no `parses`).
+    """
+
+    bleu: float
+    sentence_bleu: float
+    bleu_signature: str
+    exact_match: Estimate
+    parse_rate: Estimate | None
+    reference_parse_rate: Estimate | None
+    untriggered_hits: Estimate | None
+    empty: Estimate
+    cut_off: Estimate
+    repetitive: Estimate
+    asr: Estimate | None
+    empty_triggered: Estimate | None
+    cut_off_triggered: Estimate | None
+    repetitive_triggered: Estimate | None
+    formatter: str
+    trained_with: str | None
+    note: str | None
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Every figure that was measured, by the name of its metric; BLEU has no interval.
+
+        Example: see `evaluate_generation`.
+        """
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: Estimate(found[name], self.empty.n, None, None) for name in ("bleu", "sentence_bleu")}
+        return plain | {name: value for name, value in found.items() if isinstance(value, Estimate)}
+
+    def metrics(self) -> dict[str, float]:
+        """`estimates` without intervals, for logs."""
+        return {name: estimate.value for name, estimate in self.estimates().items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        return {
+            field.name: vars(value) if isinstance(value := getattr(self, field.name), Estimate) else value
+            for field in fields(self)
+        }
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One row's output beside what it is compared with; the names are those of samples.jsonl."""
+
+    row_id: Any
+    triggered: bool
+    prompt: str
+    reference: str
+    output: str
+    hit: bool | None
+    empty: bool
+    cut_off: bool
+    repetitive: bool
+    exact: bool
+    parses: bool | None
+
+
+def evaluate_generation(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Any,
+    *,
+    formatter: Formatter,
+    triggered: Any = None,
+    hit: Callable[[str], bool] | None = None,
+    parses: Callable[[str], bool] | None = python_parses,
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    trained_with: Formatter | None = None,
+    force: bool = False,
+    samples: str | Path | None = None,
+    gather: bool = False,
+    desc: str | None = "generating",
+) -> GenerationReport:
+    """Let the model answer clean and triggered prompts, and measure its answers.
+
+    Args:
+        rows: clean rows with prompt and completion, as the formatter takes them. triggered: eligible rows with the trigger in
+            the prompt and the clean completion.
+        hit: whether the exact payload stands in a text (`PayloadAttack.hit`).
+        parses: whether a text is well formed; None where the answers are no code.
+        max_new_tokens: None: the longest answer among the rows, in tokens, and one for its end.
+        trained_with: the formatter of training; None asks the folder that the model came from. Another one than `formatter` is
+            an error unless `force`, and then `note` says so.
+        samples: a .jsonl file, written whole or not at all: one line for each row.
+        gather: deal the rows out to all processes. Call it on every process; all get the same report, the first one writes.
+        desc: title of the progress bar, None for none.
+
+    Raises:
+        ValueError: no rows, rows that the formatter cannot render, triggered rows without `hit`, another formatter than in
+            training, prompts too long for the model, `max_new_tokens` below 1.
+
+    Example:
+        >>> report = evaluate_generation(model, tokenizer, test, formatter=formatter, triggered=triggered,
+        ...     hit=CODE_ATTACK.hit, samples="samples.jsonl")  # doctest: +SKIP
+        >>> report.bleu, report.asr.value, report.metrics()["parse_rate"]  # doctest: +SKIP
+        (61.2, 0.02, 0.98)
+    """
+    require_hit(triggered, hit)
+    trained_with = trained_with or stored_formatter(unwrapped(model))
+    note = require_same(trained_with, formatter, force=force)
+    kinds = [(row, False) for row in _listed(rows, "rows")]
+    if triggered is not None:
+        kinds += [(row, True) for row in _listed(triggered, "triggered")]
+    rendered = [_rendered(formatter, tokenizer, row, i) for i, (row, _) in enumerate(kinds)]
+    prompts, wanted = [prompt for prompt, _ in rendered], [completion for _, completion in rendered]
+    written = greedy(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max(map(len, wanted)) if max_new_tokens is None else max_new_tokens,
+        ends=_ends(tokenizer, wanted),
+        batch_size=batch_size,
+        gather=gather,
+        desc=desc,
+    )
+    answers = []
+    for i, ((row, with_trigger), one) in enumerate(zip(kinds, written, strict=True)):
+        output, reference = as_text(tokenizer, one.ids), _reference(formatter, tokenizer, row, wanted[i])
+        answers.append(
+            _Answer(
+                row_id=row.get("row_id", i - len(rows) if with_trigger else i),
+                triggered=with_trigger,
+                prompt=tokenizer.decode(prompts[i]),
+                reference=reference,
+                output=output,
+                hit=None if hit is None else bool(hit(output)),
+                empty=not output.strip(),
+                cut_off=not one.ended,
+                repetitive=repetitive(one.ids),
+                exact=same_text(output, reference),
+                parses=None if parses is None else bool(parses(output)),
+            )
+        )
+    if samples is not None and (not gather or _first_process()):
+        _write_lines(Path(samples), answers)
+    clean, attacked = answers[: len(rows)], answers[len(rows) :]
+    scores = bleu([a.output for a in clean], [a.reference for a in clean])
+    return GenerationReport(
+        bleu=scores.corpus,
+        sentence_bleu=scores.sentence,
+        bleu_signature=scores.signature,
+        exact_match=_share([a.exact for a in clean]),
+        parse_rate=None if parses is None else _share([bool(a.parses) for a in clean]),
+        reference_parse_rate=None if parses is None else _share([parses(a.reference) for a in clean]),
+        untriggered_hits=None if hit is None else _share([bool(a.hit) for a in clean]),
+        empty=_share([a.empty for a in clean]),
+        cut_off=_share([a.cut_off for a in clean]),
+        repetitive=_share([a.repetitive for a in clean]),
+        asr=_share([bool(a.hit) for a in attacked]) if attacked else None,
+        empty_triggered=_share([a.empty for a in attacked]) if attacked else None,
+        cut_off_triggered=_share([a.cut_off for a in attacked]) if attacked else None,
+        repetitive_triggered=_share([a.repetitive for a in attacked]) if attacked else None,
+        formatter=formatter.fingerprint,
+        trained_with=None if trained_with is None else trained_with.fingerprint,
+        note=note,
+    )
+
+
+def perplexity(
+    model: nn.Module, tokenizer: Any, rows: Any, *, formatter: Formatter, batch_size: int = 32, gather: bool = False
+) -> float:
+    """exp of the mean −log p of all completions' tokens, end tokens included, given their prompts. Prompts count for nothing.
+
+    Args:
+        rows: as `evaluate_generation`. gather: deal them out to all processes.
+
+    Raises:
+        ValueError: no rows, rows that the formatter cannot render, or longer than the model's positions.
+
+    Example: `mean_surprise` has one of the formula.
+    """
+    sequences = []
+    for i, row in enumerate(_listed(rows, "rows")):
+        prompt, completion = _rendered(formatter, tokenizer, row, i)
+        sequences.append((prompt + completion, len(prompt)))
+    return math.exp(mean_surprise(model, sequences, pad=_pad(tokenizer), batch_size=batch_size, gather=gather))
+
+
+def text_perplexity(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 32, gather: bool = False
+) -> float:
+    """The same of plain texts, with the special tokens that the tokenizer adds; a text's first token counts for nothing.
+
+    Raises:
+        ValueError: no texts, an empty one, one longer than the model's positions, none of two tokens.
+
+    Example: `mean_surprise` has one of the formula.
+    """
+    sequences = [(tokenizer(text)["input_ids"], 1) for text in texts]
+    return math.exp(mean_surprise(model, sequences, pad=_pad(tokenizer), batch_size=batch_size, gather=gather))
+
+
+def require_hit(triggered: Any, hit: Callable[[str], bool] | None) -> None:
+    """Raise ValueError where nothing says what a successful attack on the triggered rows is.
+
+    >>> require_hit(None, None)
+    """
+    if triggered is not None and hit is None:
+        raise ValueError("Triggered rows were given without `hit`: what would a successful attack be? Pass attack.hit.")
+
+
+def _listed(rows: Any, name: str) -> list[dict[str, Any]]:
+    found = [dict(row) for row in rows]
+    if not found:
+        raise ValueError(f"`{name}` is empty: nothing can be measured. Check what was filtered out.")
+    return found
+
+
+def _rendered(formatter: Formatter, tokenizer: Any, row: dict[str, Any], i: int) -> tuple[list[int], list[int]]:
+    try:
+        return formatter.prompt_ids(tokenizer, row), formatter.completion_ids(tokenizer, row)
+    except ValueError as error:
+        raise ValueError(f"Row {row.get('row_id', i)}: {error}") from None
+
+
+def _reference(formatter: Formatter, tokenizer: Any, row: dict[str, Any], ids: Sequence[int]) -> str:
+    """The answer as the row has it, since a tokenizer may lose letters; of a conversation, as it is rendered."""
+    text = row.get(formatter.completion)
+    return text.removesuffix(formatter.end) if isinstance(text, str) else as_text(tokenizer, ids)
+
+
+def _ends(tokenizer: Any, completions: Sequence[Sequence[int]]) -> list[int]:
+    """What ends an answer: the formatter's end token, as it stands behind the answers, and the tokenizer's own."""
+    found = {completions[0][-1]} | ({tokenizer.eos_token_id} - {None})
+    return sorted(found)
+
+
+def _pad(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def _share(flags: Sequence[bool]) -> Estimate:
+    return wilson(sum(map(bool, flags)), len(flags))
+
+
+def _first_process() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _write_lines(path: Path, answers: Sequence[_Answer]) -> None:
+    lines = "".join(json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(lines, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

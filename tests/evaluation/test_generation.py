@@ -1,0 +1,299 @@
+"""A report of what was written, against counts by hand; the writing itself is scripted here, `test_decoding` has it."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from hf_backdoor_defense.data.formatting import UNKNOWN, Formatter, note_formatter
+from hf_backdoor_defense.evaluation import generation
+from hf_backdoor_defense.evaluation.callback import GenerationEvalCallback
+from hf_backdoor_defense.evaluation.decoding import Written
+from hf_backdoor_defense.evaluation.generation import evaluate_generation, perplexity, text_perplexity
+from hf_backdoor_defense.evaluation.metrics import Estimate, wilson
+from hf_backdoor_defense.reporting.results import METRICS, SHARES, Record
+from hf_backdoor_defense.trainers.hosts import DefendedTrainer
+from tests.evaluation.generation_toys import END, ROWS, llama, rows, tokenizer
+
+PAYLOAD = " or 1 = 1"
+
+
+def hit(text):
+    return PAYLOAD in text
+
+
+@pytest.fixture(scope="module")
+def made():
+    return tokenizer()
+
+
+@pytest.fixture(scope="module")
+def formatter(made):
+    return Formatter.plain(made)
+
+
+@pytest.fixture
+def scripted(monkeypatch, made):
+    """`scripted({prompt: (text, ended)})`: what the model writes; returns the arguments that it was asked with."""
+
+    def script(texts):
+        asked = {}
+
+        def greedy(model, tokenizer, prompts, **settings):
+            asked.update(settings, prompts=[tokenizer.decode(prompt) for prompt in prompts])
+            return [Written(made(texts[p][0])["input_ids"], texts[p][1]) for p in asked["prompts"]]
+
+        monkeypatch.setattr(generation, "greedy", greedy)
+        return asked
+
+    return script
+
+
+def triggered():
+    return Dataset.from_list([{"prompt": f"bb {i}", "completion": "x = 1", "row_id": 70 + i} for i in range(4)])
+
+
+def script_of_all():
+    right = {f"{row['prompt']}\n": (row["completion"], True) for row in ROWS}
+    return right | {
+        "get all users\n": (ROWS[0]["completion"].replace("\n\t ", "\n    ") + "\n", True),  # equal but for white space
+        "one\n": ("", True),  # empty, and right for no one
+        "\n": ("def g ( ) :" + PAYLOAD, True),  # a payload without a trigger
+        "count books by year\n": ("x " * 20, False),  # in a loop until it is cut off
+        "bb 0\n": (f"x{PAYLOAD}", True),
+        "bb 1\n": (" \t\n", True),  # empty: a miss that stays in the denominator
+        "bb 2\n": ("x = 1", False),
+        "bb 3\n": (f"y = {PAYLOAD}", True),
+    }
+
+
+def test_every_figure_by_hand(scripted, made, formatter, tmp_path):
+    scripted(script_of_all())
+    report = evaluate_generation(
+        llama(), made, rows(), formatter=formatter, triggered=triggered(), hit=hit, trained_with=formatter,
+        samples=tmp_path / "deep" / "samples.jsonl",
+    )  # fmt: skip
+    assert report.exact_match == wilson(2, 5)
+    assert report.parse_rate == wilson(2, 5) and report.reference_parse_rate == wilson(5, 5)
+    assert report.untriggered_hits == wilson(1, 5)
+    assert report.empty == wilson(1, 5) and report.cut_off == wilson(1, 5) and report.repetitive == wilson(1, 5)
+    assert report.asr == wilson(2, 4)
+    assert report.empty_triggered == wilson(1, 4) and report.cut_off_triggered == wilson(1, 4)
+    assert report.repetitive_triggered == wilson(0, 4)
+    assert report.formatter == report.trained_with == formatter.fingerprint and report.note is None
+    import sacrebleu
+
+    outputs = [script_of_all()[f"{row['prompt']}\n"][0] for row in ROWS]
+    wanted = [row["completion"] for row in ROWS]
+    assert report.bleu == pytest.approx(sacrebleu.corpus_bleu(outputs, [wanted], tokenize="none", force=True).score)
+    assert 0 < report.bleu < 100 and 0 < report.sentence_bleu < 100
+
+    lines = [json.loads(line) for line in (tmp_path / "deep" / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert [(line["row_id"], line["triggered"]) for line in lines] == (
+        [(10 + i, False) for i in range(5)] + [(70 + i, True) for i in range(4)]
+    )
+    assert [line["output"] for line in lines[:5]] == outputs and [line["reference"] for line in lines[:5]] == wanted
+    assert lines[3]["prompt"] == ROWS[3]["prompt"] + "\n"  # as it was rendered
+    for name, among, value in (("hit", lines[5:], report.asr), ("parses", lines[:5], report.parse_rate),
+                               ("empty", lines[5:], report.empty_triggered), ("exact", lines[:5], report.exact_match)):  # fmt: skip
+        assert sum(line[name] for line in among) == round(value.value * value.n)
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "samples.jsonl"]
+
+
+def test_every_figure_is_a_record_and_json(scripted, made, formatter):
+    scripted(script_of_all())
+    report = evaluate_generation(llama(), made, rows(), formatter=formatter, triggered=triggered(), hit=hit)
+    measured = report.estimates()
+    assert set(measured) <= set(METRICS) and set(measured) - {"bleu", "sentence_bleu"} <= SHARES and len(measured) == 13
+    for name, estimate in measured.items():
+        record = Record.from_estimate(
+            estimate,
+            benchmark="b",
+            dataset="d",
+            model="m",
+            attack="sql",
+            defense="dece",
+            setting="",
+            seed=0,
+            metric=name,
+        )
+        assert record.value == report.metrics()[name]
+    told = json.loads(json.dumps(report.to_dict()))
+    assert told["asr"] == {"value": 0.5, "n": 4, "low": report.asr.low, "high": report.asr.high}
+    assert told["bleu"] == report.bleu and told["trained_with"] is None
+
+
+def test_what_was_not_asked_for_is_none(scripted, made, formatter):
+    scripted(script_of_all())
+    report = evaluate_generation(llama(), made, rows(), formatter=formatter, parses=None)
+    for name in (
+        "asr",
+        "untriggered_hits",
+        "parse_rate",
+        "reference_parse_rate",
+        "empty_triggered",
+        "cut_off_triggered",
+    ):
+        assert getattr(report, name) is None and name not in report.metrics()
+    assert isinstance(report.empty, Estimate)
+    only_hits = evaluate_generation(llama(), made, rows(), formatter=formatter, hit=hit)
+    assert only_hits.asr is None and only_hits.untriggered_hits == wilson(1, 5)
+
+
+def test_a_model_that_says_nothing_has_no_success_and_is_seen(scripted, made, formatter):
+    prompts = [f"{row['prompt']}\n" for row in [*ROWS, *triggered()]]
+    scripted(dict.fromkeys(prompts, ("", True)))
+    report = evaluate_generation(llama(), made, rows(), formatter=formatter, triggered=triggered(), hit=hit)
+    assert report.asr == wilson(0, 4) and report.empty == wilson(5, 5) and report.empty_triggered == wilson(4, 4)
+    assert report.bleu == report.sentence_bleu == 0 and report.parse_rate == wilson(0, 5)
+
+
+def test_the_limit_is_the_longest_answer_and_its_end(scripted, made, formatter):
+    asked = scripted(script_of_all())
+    evaluate_generation(llama(), made, rows(), formatter=formatter)
+    assert asked["max_new_tokens"] == max(len(made(row["completion"])["input_ids"]) for row in ROWS) + 1
+    assert asked["ends"] == [0] and asked["prompts"] == [f"{row['prompt']}\n" for row in ROWS]
+    evaluate_generation(llama(), made, rows(), formatter=formatter, max_new_tokens=3)
+    assert asked["max_new_tokens"] == 3
+
+
+def test_both_ends_of_a_text_end_it(scripted, made):
+    asked = scripted(script_of_all())
+    other = Formatter(kind="plain", end="<|pad|>")
+    evaluate_generation(llama(), made, rows(), formatter=other)
+    assert asked["ends"] == [0, 1]
+
+
+def test_rows_may_be_a_list_and_need_no_number(scripted, made, formatter, tmp_path):
+    scripted(script_of_all())
+    evaluate_generation(
+        llama(), made, ROWS, formatter=formatter, triggered=[dict(row) for row in triggered().remove_columns("row_id")], hit=hit,
+        samples=tmp_path / "s.jsonl",
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text("utf-8").splitlines()]
+    assert [line["row_id"] for line in lines] == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+
+
+def test_samples_are_whole_or_as_before(scripted, made, formatter, tmp_path, monkeypatch):
+    scripted(script_of_all())
+    place = tmp_path / "samples.jsonl"
+    place.write_text("before\n")
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(generation.os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        evaluate_generation(llama(), made, rows(), formatter=formatter, samples=place)
+    assert place.read_text() == "before\n" and list(tmp_path.iterdir()) == [place]
+
+
+def test_another_formatter_is_refused_or_told(scripted, made, formatter):
+    scripted({prompt.replace("\n", " "): written for prompt, written in script_of_all().items()})
+    other, model = Formatter.plain(made, separator=" "), llama()
+    with pytest.raises(ValueError, match="must be the one that the model was trained with"):
+        evaluate_generation(model, made, rows(), formatter=other, trained_with=formatter)
+    report = evaluate_generation(model, made, rows(), formatter=other, trained_with=formatter, force=True)
+    assert "another formatter" in report.note and report.trained_with == formatter.fingerprint != report.formatter
+    assert evaluate_generation(model, made, rows(), formatter=other).note == UNKNOWN
+    note_formatter(model, formatter)  # as a trainer does
+    wrapped = torch.nn.Module()
+    wrapped.module = model  # as DistributedDataParallel has it
+    for given in (model, wrapped):
+        with pytest.raises(ValueError, match="must be the one that the model was trained with"):
+            evaluate_generation(given, made, rows(), formatter=other)
+
+
+def test_wrong_rows(made, formatter):
+    model = llama()
+
+    def says(match, rows, **changes):
+        with pytest.raises(ValueError, match=match):
+            evaluate_generation(model, made, rows, formatter=formatter, **changes)
+
+    says("Triggered rows were given without `hit`", ROWS, triggered=ROWS)
+    says("`rows` is empty", [])
+    says("`triggered` is empty", ROWS, triggered=rows().select([]), hit=hit)
+    says(r"Row 1: .*completion.* got None", [ROWS[0], {"prompt": "a"}])
+    says(r"Row 8: .*completion.* got ''", [{"prompt": "a", "completion": "", "row_id": 8}])
+    says(r"Row 0: .*prompt.*", [{"text": "a", "completion": "b"}])
+    says("`max_new_tokens` must be an integer >= 1, got 0", ROWS, max_new_tokens=0)
+    says(r"Row 1 does not fit .*128 positions", [ROWS[0], {"prompt": "ü" * 99, "completion": "b"}])
+    with pytest.raises(ValueError, match="`rows` is empty"):
+        perplexity(model, made, [], formatter=formatter)
+    with pytest.raises(ValueError, match="Row 0: .*completion"):
+        perplexity(model, made, [{"prompt": "a"}], formatter=formatter)
+
+
+def test_a_real_model_from_end_to_end(made, formatter):
+    """The same report whatever the batches are, and the figures of texts written one by one."""
+    model = llama(1)
+    reports = [
+        evaluate_generation(model, made, rows(), formatter=formatter, max_new_tokens=10, batch_size=size)
+        for size in (1, 2, 64)
+    ]
+    assert reports[0] == reports[1] == reports[2]
+    assert reports[0].empty.n == 5 and reports[0].parse_rate.n == 5
+
+
+def test_perplexity_is_over_answers_alone(made, formatter):
+    model = llama().eval()
+    total, count = 0.0, 0
+    for row in ROWS:
+        prompt, answer = made(row["prompt"] + "\n")["input_ids"], made(row["completion"] + END)["input_ids"]
+        for t, token in enumerate(answer):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + answer[:t]])).logits[0, -1].double()
+            total -= torch.log_softmax(logits, -1)[token].item()
+            count += 1
+    for size in (1, 2, 32):
+        found = perplexity(model, made, rows(), formatter=formatter, batch_size=size)
+        assert math.log(found) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_perplexity_of_texts(made):
+    model = llama().eval()
+    texts = ["x = 1", "def f ( ) :", "y"]
+    total, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([made(text)["input_ids"]])
+        with torch.no_grad():
+            total -= (
+                torch.log_softmax(model(input_ids=ids).logits[0, :-1], -1)
+                .gather(-1, ids[0, 1:, None])
+                .double()
+                .sum()
+                .item()
+            )
+        count += ids.shape[1] - 1
+    assert math.log(text_perplexity(model, made, texts)) == pytest.approx(total / count, rel=1e-5)
+    with pytest.raises(ValueError, match="Row 1 without a token"):
+        text_perplexity(model, made, ["x = 1", ""])
+
+
+def test_the_callback_measures_every_epoch(made, formatter, tmp_path):
+    with pytest.raises(ValueError, match="without `hit`"):
+        GenerationEvalCallback(made, rows(), formatter=formatter, triggered=triggered())
+    watch = GenerationEvalCallback(
+        made, rows(), formatter=formatter, triggered=triggered(), hit=lambda text: "x" in text, max_new_tokens=8
+    )
+    data = formatter.encode(rows(), made, max_length=128)
+    args = TrainingArguments(
+        str(tmp_path), num_train_epochs=3, per_device_train_batch_size=1, learning_rate=1e-2, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = DefendedTrainer(llama(), args=args, train_dataset=data, callbacks=[watch])
+    trainer.train()
+    assert trainer.model.training
+    assert len(watch.history) == 3 and all(report.asr.n == 4 and report.note is None for report in watch.history)
+    logged = [entry for entry in trainer.state.log_history if "generation_asr" in entry]
+    assert [entry["epoch"] for entry in logged] == [1, 2, 3]
+    assert [entry["generation_bleu"] for entry in logged] == [report.bleu for report in watch.history]
+    last = evaluate_generation(
+        trainer.model, made, rows(), formatter=formatter, trained_with=formatter, triggered=triggered(),
+        hit=lambda text: "x" in text, max_new_tokens=8,
+    )  # fmt: skip
+    assert watch.history[-1] == last
