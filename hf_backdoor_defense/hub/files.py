@@ -33,7 +33,7 @@ _MODEL = re.compile(
     | (preprocessor|processor|image_processor|video_preprocessor)_?(config)?\.json
     | (vocab|merges|vocab\.bpe|bpe)\.(txt|codes|bpe) | [\w.-]+\.(model|spm) | chat_template\.jinja
     | additional_chat_templates/[\w.-]+\.jinja
-    | (defense|filter|training|backdoored|warm_up|purification)\.json
+    | (defense|formatter|filter|training|backdoored|warm_up|purification)\.json
     | (LICENSE|NOTICE)(\.txt|\.md)?
     """,
     re.X,

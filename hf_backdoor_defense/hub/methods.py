@@ -246,6 +246,24 @@ METHODS = {
     "fine_tuning": Method(
         title="plain fine-tuning", does="goes on training with clean rows, a control", limits=(PURIFIED,)
     ),
+    "crow": Method(
+        title="CROW",
+        does="fine-tunes on clean rows while neighboring layers are made to agree, also where the embeddings are perturbed",
+        against="a backdoor in a finished language model or its adapter, with about a hundred clean rows of one's own",
+        limits=(
+            "A low attack success does not mean healed: a model that writes nothing usable gives no payload either. Look at "
+            "empty answers and at perplexity, too.",
+            "Much of the effect may be the learning rate's: what plain fine-tuning at the same rate does as well is not CROW's.",
+            "The clean rows must be clean.",
+        ),
+        paper=Paper(
+            title="CROW: Eliminating Backdoors from Large Language Models via Internal Consistency Regularization",
+            authors="Min and Pham and Li and Sun",
+            venue="ICML 2025",
+            year="2025",
+            arxiv="2411.12768",
+        ),
+    ),
     "psim": Method(
         title="PSIM",
         does="trains an adapter on the untouched base until clean text has no confidence at all, and flags text that keeps "

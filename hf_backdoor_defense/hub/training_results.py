@@ -6,6 +6,7 @@
 | `evaluation` | the last `eval_*` logged of these weights, by name; a language model's `eval_loss` is a record, too |
 | method, activity, INERT, evidence | the objectives |
 | data, settings | the data sets, the training arguments |
+| formatter | how an SFT host rendered its rows, with the fingerprint; not there where trl did |
 """
 
 import enum
@@ -20,7 +21,7 @@ from hf_backdoor_defense.experiment.arms import history
 from hf_backdoor_defense.models import BACKDOOR_FILE, OFFLINE_MODEL, attack_on, mark_backdoored, resolve
 from hf_backdoor_defense.objectives import Objective, overrides
 from hf_backdoor_defense.pretrained import saved_sha256
-from hf_backdoor_defense.registry import ATTACKS, DETECTORS, PRETRAINING, PURIFIERS
+from hf_backdoor_defense.registry import ATTACKS, DETECTORS, GENERATIVE, PRETRAINING, PURIFIERS
 from hf_backdoor_defense.reporting.entries import ModelEntry
 from hf_backdoor_defense.reporting.html import REPORT_NAME
 from hf_backdoor_defense.reporting.pages import make_report
@@ -119,7 +120,7 @@ def _payload(
     return {
         "schema": 1,
         "verb": VERB,
-        "plan": {"trainer": type(trainer).__name__, "settings": _settings(trainer)},
+        "plan": {"trainer": type(trainer).__name__, "settings": _settings(trainer), **_formatter(trainer)},
         "model": entry.base_model,
         "verdict": _verdict(trainer, entry, scores, reference),
         "failures": failures,
@@ -166,6 +167,8 @@ def _entry(
     data["settings"] = ", ".join(
         f"{name} {value}" for name, value in _settings(trainer).items() if value not in (None, False, -1)
     )
+    if found := _formatter(trainer):
+        data["formatter"] = f"{found['formatter']['kind']}, SHA-256 {found['formatter']['fingerprint']}"
     entry = ModelEntry(
         path=".",
         arm="+".join(o.name for o in objectives) or PLAIN,
@@ -239,7 +242,7 @@ def _verdict(trainer: Any, entry: ModelEntry, scores: BackdoorScores | None, ref
 
 def _role(objectives: list[Objective], *, marked: bool) -> str:
     names = {o.name for o in objectives}
-    for table, role in ((ATTACKS, "attacked"), (PURIFIERS, "purified"), (PRETRAINING, "cleaned")):
+    for table, role in ((ATTACKS, "attacked"), (PURIFIERS | GENERATIVE, "purified"), (PRETRAINING, "cleaned")):
         if names & set(table):
             return role
     return "attacked" if marked and not names else "fine_tuned"
@@ -273,6 +276,12 @@ def _settings(trainer: Any) -> dict[str, Any]:
     args = trainer.args
     found = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)} | {"processes": args.world_size}
     return {name: value.value if isinstance(value, enum.Enum) else value for name, value in found.items()}
+
+
+def _formatter(trainer: Any) -> dict[str, Any]:
+    """What an evaluation must render with (`data.formatting.require_same`)."""
+    formatter = getattr(trainer, "formatter", None)
+    return {} if formatter is None else {"formatter": {"fingerprint": formatter.fingerprint, **formatter.to_dict()}}
 
 
 def _described(rows: Any) -> str:

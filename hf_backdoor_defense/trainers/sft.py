@@ -13,10 +13,13 @@ own fused head stays on the model and is not used: the host here projects hidden
 
 Sums are over all processes, means over micro-batches, as in trl. The processes exchange them when a log is written, not on
 every step.
+
+With a `formatter` (data/formatting.py) the rendering is the formatter's, and lies beside every checkpoint.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +27,14 @@ from torch import Tensor, nn
 from transformers.utils import is_bitsandbytes_available
 from trl import SFTTrainer
 
+from hf_backdoor_defense.data.formatting import FORMATTER_FILE, Formatter, note_formatter
+from hf_backdoor_defense.defenses.crow import CROW
 from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.functional.token_statistics import entropy_and_top1
 from hf_backdoor_defense.objectives import Objective, Step
+from hf_backdoor_defense.trainers.checkpoints import newest
 from hf_backdoor_defense.trainers.columns import ROW_ID, with_row_ids
+from hf_backdoor_defense.trainers.formatted import encoded, formatter_reasons, row_limit, tell_of_cuts
 from hf_backdoor_defense.trainers.heads import base_model, is_causal
 from hf_backdoor_defense.trainers.mixin import DefenseMixin
 
@@ -45,9 +52,12 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
     Args (beside SFTTrainer's own, passed through unchanged):
         defense: an `Objective`, several, or None.
         aux_datasets: further data sets by role, for objectives that need them; tokenized by you.
+        formatter: how rows of text become tokens, in training and in evaluation alike; `formatter.json` lies beside every saved
+            model then. None: trl renders, and an evaluation cannot know how.
 
     Raises:
-        ValueError: an option of trl's that this host would ignore, all of them together, before any text is tokenized.
+        ValueError: an option of trl's that this host would ignore, all of them together, before any text is tokenized; rows
+            that the formatter cannot render, or that do not fit.
         ImportError: a 4-bit or 8-bit model is asked for and bitsandbytes is not installed.
 
     Rows keep their `row_id` from the data set through trl's preparation. Packed and padding-free batches have no rows that
@@ -79,16 +89,23 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
         *args: Any,
         defense: Objective | Sequence[Objective] | None = None,
         aux_datasets: Mapping[str, Any] | None = None,
+        formatter: Formatter | None = None,
         **kwargs: Any,
     ) -> None:
         given = inspect.signature(SFTTrainer).bind_partial(*args, **kwargs).arguments
         objectives = [] if defense is None else [defense] if isinstance(defense, Objective) else list(defense)
         _require_bitsandbytes(given)
-        reasons = _option_reasons(given, objectives)
+        reasons = _option_reasons(given, objectives) + formatter_reasons(given, formatter)
         if reasons:
             raise ValueError("This training cannot be defended:\n" + "\n".join(f"- {reason}" for reason in reasons))
         # Before trl drops and shuffles rows, so that the ids are those of the data set that was given.
-        given["train_dataset"] = with_row_ids(given.get("train_dataset"))
+        rows = given["train_dataset"] = with_row_ids(given.get("train_dataset"))
+        self.formatter = formatter
+        if formatter is not None:
+            limit = row_limit(given.get("model"), given.get("args"))
+            for name in ("train_dataset", "eval_dataset"):
+                if given.get(name) is not None:
+                    given[name] = encoded(given[name], formatter, given["processing_class"], max_length=limit)
         self._tokens: Tensor | int = 0  # of this process, since the last log
         self._all_tokens = 0  # of all processes, until the last log
         self._evaluated: str | None = None  # the prefix of the evaluation that is running
@@ -97,6 +114,28 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
             self.data_collator.keep = COLUMNS
         self._ratios = Ratios(self.accelerator.gather)
         self._rows_are_known = not (self.padding_free or self.args.packing)
+        if formatter is None and self._rows_are_known:
+            tell_of_cuts(rows, self.train_dataset, max_length=self.args.max_length)
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `DefenseMixin.train`. Raises ValueError for a checkpoint that was trained with another formatter, too."""
+        if resume_from_checkpoint is True:
+            found = newest(self.args.output_dir, world_size=self.accelerator.num_processes)
+            resume_from_checkpoint = True if found is None else str(found)
+        if isinstance(resume_from_checkpoint, str | Path) and Path(resume_from_checkpoint).is_dir():
+            _require_same_rendering(Formatter.load(resume_from_checkpoint), self.formatter, resume_from_checkpoint)
+        note_formatter(base_model(self.model), self.formatter)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `DefenseMixin.save_model`, and `formatter.json`; one of an earlier training does not stay beside new weights."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            if self.formatter is None:
+                (folder / FORMATTER_FILE).unlink(missing_ok=True)
+            else:
+                self.formatter.save(folder)
 
     def reasons(self) -> list[str]:
         """Every reason why `train` would refuse: this host's, and those of `DefenseMixin.reasons`."""
@@ -153,6 +192,7 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
         Raises:
             ValueError: a data set that skips trl's preparation has masks in place of labels.
         """
+        eval_dataset = self._rendered(eval_dataset)
         columns = getattr(eval_dataset, "column_names", None) or []
         unprepared = (self.args.dataset_kwargs or {}).get("skip_prepare_dataset")
         if unprepared and "labels" not in columns and {"completion_mask", "assistant_masks"} & set(columns):
@@ -166,6 +206,15 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._ratios, self._evaluated = outside
+
+    def _rendered(self, rows: Any) -> Any:
+        """Rows of text given to `evaluate` as the formatter renders them; names of data sets and tokenized ones as they are."""
+        if isinstance(rows, Mapping):
+            return {name: self._rendered(value) for name, value in rows.items()}
+        if self.formatter is None or "input_ids" in (getattr(rows, "column_names", None) or ["input_ids"]):
+            return rows
+        limit = row_limit(base_model(self.model), self.args)
+        return encoded(rows, self.formatter, self.processing_class, max_length=limit)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `DefenseMixin.log`, with trl's `mean_token_accuracy`, `num_tokens` and (evaluation) `entropy`."""
@@ -233,6 +282,16 @@ class DeCESFTTrainer(DefendedSFTTrainer):
         super().__init__(*args, defense=DeCE() if defense is None else defense, **kwargs)
 
 
+class CROWSFTTrainer(DefendedSFTTrainer):
+    """Purifies a language model with CROW and trl: the model, or its LoRA adapter, is the untrusted one, the rows are clean.
+
+    >>> from hf_backdoor_defense import CROWSFTTrainer
+    """
+
+    def __init__(self, *args: Any, defense: CROW | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, defense=CROW() if defense is None else defense, **kwargs)
+
+
 def _option_reasons(given: Mapping[str, Any], objectives: Sequence[Any]) -> list[str]:
     """Options of trl's that would be ignored, and objectives that need rows where there are none."""
     args, reasons = given.get("args"), []
@@ -255,6 +314,15 @@ def _option_reasons(given: Mapping[str, Any], objectives: Sequence[Any]) -> list
             f"Set {' and '.join(f'{option}=False' for option in joins)}."
         )
     return reasons
+
+
+def _require_same_rendering(stored: Formatter | None, used: Formatter | None, checkpoint: str | Path) -> None:
+    before, now = ("none (trl rendered)" if f is None else f"{f.kind} {f.fingerprint[:12]}…" for f in (stored, used))
+    if before != now:
+        raise ValueError(
+            f"The checkpoint `{checkpoint}` must be resumed with the formatter that it was trained with, {before}, got {now}: "
+            f"one model would learn two of them. Pass formatter=Formatter.load({str(checkpoint)!r}), or start in another folder."
+        )
 
 
 def _require_bitsandbytes(given: Mapping[str, Any]) -> None:

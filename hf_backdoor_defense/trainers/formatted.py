@@ -1,0 +1,127 @@
+"""What a formatter asks of the SFT host: which of trl's options it rules out, and the rows as the formatter renders them.
+
+    rows of text  ->  formatter.encode  ->  input_ids, labels  ->  trl (nothing left to render or to cut)
+
+trl leaves a data set with `input_ids` as it is, but for packing, which joins whole rows.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoConfig
+
+from hf_backdoor_defense.data.formatting import Formatter
+from hf_backdoor_defense.trainers.columns import with_row_ids
+
+logger = logging.getLogger(__name__)
+
+
+def formatter_reasons(given: Mapping[str, Any], formatter: Formatter | None) -> list[str]:
+    """Why these arguments of an SFT trainer do not go with its formatter, or with none (sentences; empty when they do).
+
+    >>> formatter = Formatter(kind="plain", end="</s>")
+    >>> for reason in formatter_reasons({"train_dataset": Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})}, formatter):
+    ...     print(reason)
+    `formatter` was given without `processing_class`: rows are rendered before a model is loaded. Pass the tokenizer that \
+the formatter was made with.
+    """
+    if formatter is None:
+        return _pair_reasons(given)
+    if not isinstance(formatter, Formatter):
+        return [f"`formatter` must be a Formatter, got {formatter!r}. For example Formatter.plain(tokenizer)."]
+    args, reasons = given.get("args"), []
+    if given.get("processing_class") is None:
+        reasons.append(
+            "`formatter` was given without `processing_class`: rows are rendered before a model is loaded. Pass the tokenizer "
+            "that the formatter was made with."
+        )
+    if given.get("train_dataset") is not None and not isinstance(given["train_dataset"], Dataset):
+        reasons.append(
+            f"`formatter` was given with rows of {type(given['train_dataset']).__name__}: a stream cannot be looked through for "
+            "rows that do not fit. Use a datasets.Dataset, or let trl render the stream (formatter=None)."
+        )
+    other_end = getattr(args, "eos_token", None) not in (None, formatter.end)
+    ruled_out = {
+        "formatting_func": given.get("formatting_func") is not None,
+        "assistant_only_loss=True": getattr(args, "assistant_only_loss", False),
+        "completion_only_loss=False": getattr(args, "completion_only_loss", None) is False,
+        "chat_template_path": getattr(args, "chat_template_path", None) is not None,
+        f"eos_token={getattr(args, 'eos_token', None)!r}": other_end,
+    }
+    if asked := [option for option, is_asked in ruled_out.items() if is_asked]:
+        reasons.append(
+            f"`formatter` was given with {' and '.join(asked)}: the formatter renders, ends and labels the rows, so that trl's "
+            "options would be ignored. Leave them out, or leave the formatter out."
+        )
+    if getattr(args, "packing", False) and getattr(args, "packing_strategy", "bfd") == "wrapped":
+        reasons.append(
+            "`formatter` was given with packing_strategy='wrapped', which cuts answers off their prompts. Set "
+            "packing_strategy='bfd': it keeps rows whole."
+        )
+    return reasons
+
+
+def encoded(datasets: Any, formatter: Formatter, tokenizer: Any, *, max_length: int | None) -> Any:
+    """One data set, or several by name, as the formatter renders them, with `row_id`.
+
+    Raises:
+        ValueError: rows that the formatter cannot render, or that are longer than `max_length`; by `row_id`.
+    """
+    if isinstance(datasets, Mapping):
+        return {name: encoded(rows, formatter, tokenizer, max_length=max_length) for name, rows in datasets.items()}
+    return formatter.encode(with_row_ids(datasets), tokenizer, max_length=max_length)
+
+
+def row_limit(model: Any, args: Any) -> int | None:
+    """How long a row may be: the shorter of `max_length` and the model's context, None where neither says.
+
+    Args:
+        model: a model, or the name of one.
+
+    >>> row_limit(None, None)
+    1024
+    """
+    limits = [getattr(args, "max_length", 1024), _context(model, args)]  # of no arguments trl makes its own, with 1024
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def tell_of_cuts(given: Any, prepared: Any, *, max_length: int | None) -> None:
+    """Log how many rows trl cut or dropped where it renders them itself: it does so without a word."""
+    if max_length is None or not (isinstance(given, Dataset) and isinstance(prepared, Dataset)) or not len(given):
+        return
+    if "input_ids" in given.column_names:
+        return
+    dropped = len(given) - len(prepared)
+    full = sum(len(ids) == max_length for ids in prepared["input_ids"])
+    if dropped or full:
+        logger.warning(
+            "max_length=%d: of %d rows %d were dropped, for want of room for an answer, and %d fill it, whose answers may "
+            "be cut: a model does not learn to end those. Raise max_length, or give a formatter, which names such rows.",
+            max_length,
+            len(given),
+            dropped,
+            full,
+        )
+
+
+def _pair_reasons(given: Mapping[str, Any]) -> list[str]:
+    columns = getattr(given.get("train_dataset"), "column_names", None) or []
+    is_lone = "prompt" in columns and not {"completion", "input_ids"} & set(columns)
+    if not is_lone or given.get("formatting_func") is not None:
+        return []
+    return [
+        f"the data set has prompts and no completions (columns {', '.join(columns)}): there is no answer to learn. Name the "
+        "column of answers `completion`, or give `formatter=Formatter.plain(tokenizer, completion=...)`."
+    ]
+
+
+def _context(model: Any, args: Any) -> int | None:
+    """How many positions a model has, of a name as of a model; None where it does not say."""
+    config = getattr(model, "config", None)
+    if isinstance(model, str):
+        revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
