@@ -11,7 +11,7 @@ What is asked for, and when:
 | `check` | once, before anything else of `train()` | reasons why this host cannot run it |
 | `prepare` | once, before the first step (after `load_state_dict` on resume) | - |
 | `loss` | on every training micro-batch, of the one objective that overrides it | [n_valid], unreduced |
-| `penalties` | on every training micro-batch | named scalars, added to the loss |
+| `penalties` | on every training micro-batch | by name a scalar, or [batch] values of the rows, added to the loss |
 | `observe` | on every training micro-batch | - |
 | `ranking` | after training | the training rows, most suspicious first, or None |
 | `refit` | after training | what to host in a training without the dropped rows, or None |
@@ -27,7 +27,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -63,6 +63,20 @@ class Projection:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """What lies between embeddings and head in the loss's own forward, in its graph, for an objective with `takes_layers`.
+
+    `embeddings`: [batch, time, d], which require a gradient even where the embedding is frozen; `hidden_states`: L + 1 of
+    [batch, time, d], the last behind the final norm. `again(embeddings)` is a further forward of the batch from other
+    embeddings, without the head: its hidden states.
+    """
+
+    embeddings: Tensor
+    hidden_states: Sequence[Tensor]
+    again: Callable[[Tensor], Sequence[Tensor]]
+
+
 @dataclass(kw_only=True)
 class Step:
     """One micro-batch, as an objective sees it.
@@ -86,6 +100,7 @@ class Step:
     logits: Tensor | None = None  # [..., classes]
     hidden: Tensor | None = None  # [..., d]
     project: Projection | None = None
+    layers: Layers | None = None  # where an objective `takes_layers`
     top1: Tensor | None = None  # [n_valid], bool
     whole_labels: Tensor | None = None  # [batch, time], where `labels` holds the labeled positions alone
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -100,6 +115,12 @@ class Step:
     def batch_index(self) -> Tensor:
         """[n_valid]: the row of the batch that each valid position belongs to, in the order of `loss`'s values."""
         return valid(self.batch_labels).nonzero()[:, 0]
+
+    @property
+    def labeled_rows(self) -> Tensor:
+        """[batch], bool: the rows that are learned from. Others are no part of a penalty either (a sampler repeats some)."""
+        labels = self.batch_labels
+        return valid(labels).reshape(len(labels), -1).any(-1)
 
     def log(self, name: str, value: Tensor, *, latest: bool = False) -> None:
         """Record a scalar; the host averages it over the steps between two logs and adds it to `Trainer.log`.
@@ -153,6 +174,7 @@ class Objective(TrainerCallback):
     name: ClassVar[str] = ""
     paper: ClassVar[str | None] = None  # arXiv id
     takes_hidden: ClassVar[bool] = False  # `loss` reads `logits`, or `hidden` with `project`: whichever is given
+    takes_layers: ClassVar[bool] = False  # `penalties` reads `step.layers`
     needs_row_ids: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -234,7 +256,9 @@ class Objective(TrainerCallback):
         return values
 
     def penalties(self, step: Step) -> dict[str, Tensor]:
-        """Scalars by name, asked for on every micro-batch; the host divides them by the accumulation steps."""
+        """By name a scalar, which the host divides by the accumulation steps; or [batch], one value per row, of which it takes
+        the mean over the rows of the whole optimizer step (all micro-batches, all processes), as it does of the loss.
+        """
         return {}
 
     def observe(self, step: Step, values: Tensor) -> None:

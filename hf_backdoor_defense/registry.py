@@ -35,6 +35,10 @@ PURIFIERS = {
     "ft_sam": "hf_backdoor_defense.defenses.ft_sam:FTSAM",
     "fine_pruning": "hf_backdoor_defense.defenses.fine_pruning:FinePruning",
 }
+# What purifies a language model with a few clean rows: in a script, beside trl (`CROWSFTTrainer`).
+GENERATIVE = {
+    "crow": "hf_backdoor_defense.defenses.crow:CROW",
+}
 # What trains a module that looks at inputs, and leaves the victim alone: no arm of `hfbd train`.
 DETECTORS = {
     "psim": "hf_backdoor_defense.defenses.psim:PSIM",
@@ -64,7 +68,7 @@ def objective_class(name: str) -> "type[Objective]":
     >>> objective_class("dece").__name__
     'DeCE'
     """
-    tables = (DEFENSES, COMPARATORS, CONTROLS, PRETRAINING, PURIFIERS, DETECTORS, ATTACKS)
+    tables = (DEFENSES, COMPARATORS, CONTROLS, PRETRAINING, PURIFIERS, GENERATIVE, DETECTORS, ATTACKS)
     return _resolve(name, {key: where for table in tables for key, where in table.items()}, "defense")
 
 

@@ -4,6 +4,7 @@
 |---|---|---|
 | defenses, comparators, controls | `hfbd train --defense NAME`; controls run by themselves | `registry.py` |
 | pretraining | `hfbd clean --method NAME` | `registry.py` |
+| generative | in a script, `CROWSFTTrainer` | `registry.py` |
 | triggers | `hfbd train --simulate NAME` | `attacks/triggers.py` |
 | presets | `hfbd train --preset NAME` | `PRESETS` in `experiment/arguments.py` |
 | attacks, detectors | `hfbd attack` hosts the first, a filter the second | `registry.py` |
@@ -24,13 +25,23 @@ from pathlib import Path
 from typing import Any
 
 from hf_backdoor_defense.attacks.triggers import TRIGGERS
-from hf_backdoor_defense.registry import ATTACKS, COMPARATORS, CONTROLS, DEFENSES, DETECTORS, FILTERS, PRETRAINING
+from hf_backdoor_defense.registry import (
+    ATTACKS,
+    COMPARATORS,
+    CONTROLS,
+    DEFENSES,
+    DETECTORS,
+    FILTERS,
+    GENERATIVE,
+    PRETRAINING,
+)
 
 KINDS = {
     "defenses": "hfbd train --defense NAME",
     "comparators": "hfbd train --defense NAME: losses that a defense is compared with",
     "controls": "run by themselves beside the defense that they explain",
     "pretraining": "hfbd clean --method NAME: what cleans a pretrained model before fine-tuning",
+    "generative": "in a script, CROWSFTTrainer: what purifies a language model with a few clean rows",
     "triggers": "hfbd train --simulate NAME: attacks",
     "presets": "hfbd train --preset NAME: whole runs",
     "attacks": "hfbd attack --attack NAME (weight_poisoning: badnets, insent); por, neuba, badpre on pretrained models",
@@ -72,6 +83,7 @@ def entries() -> tuple[Entry, ...]:
     ['gce', 'in_trust', 'focal', 'smoothed']
     """
     tables = {"defenses": DEFENSES, "comparators": COMPARATORS, "controls": CONTROLS, "pretraining": PRETRAINING}
+    tables["generative"] = GENERATIVE
     found = [_entry(name, kind, where) for kind, table in tables.items() for name, where in table.items()]
     found += [_entry(name, "triggers", f"{kind.__module__}:{kind.__name__}") for name, kind in TRIGGERS.items()]
     for name, values in _assigned(ast.parse(_source(_PRESETS)), "PRESETS").items():

@@ -117,21 +117,27 @@ def _draw_arm(axes: "Axes", y: int, row: Row) -> None:
         )
 
 
-def _seeds(arm: str, curves: Points | Mapping[Any, Points]) -> list[dict[float, Mapping[str, float]]]:
+def _seeds(
+    arm: str, curves: Points | Mapping[Any, Points], metrics: Sequence[str]
+) -> list[dict[float, Mapping[str, float]]]:
     """Per seed, the points by epoch in order."""
     runs = list(curves.values()) if isinstance(curves, Mapping) else [curves]
     for run in runs:
-        broken = [p for p in run if not math.isfinite(p["epoch"]) or not all(0 <= p[m] <= 1 for m in ("ca", "asr"))]
+        broken = [p for p in run if not math.isfinite(p["epoch"]) or not all(0 <= p[m] <= 1 for m in metrics)]
         if not run or broken:
             raise ValueError(
-                f"The curve of `{arm}` must be points with an epoch and shares `ca` and `asr` in 0..1, got "
+                f"The curve of `{arm}` must be points with an epoch and shares `{'` and `'.join(metrics)}` in 0..1, got "
                 f"{broken[0] if broken else 'no points'}: it could not be drawn. Pass what the evaluation returned."
             )
     return [{p["epoch"]: p for p in sorted(run, key=lambda p: p["epoch"])} for run in runs]
 
 
 def plot_curves(
-    curves: Mapping[str, Points | Mapping[Any, Points]], path: str | Path, *, floor: float | None = None
+    curves: Mapping[str, Points | Mapping[Any, Points]],
+    path: str | Path,
+    *,
+    floor: float | None = None,
+    metrics: Sequence[str] = ("ca", "asr"),
 ) -> Path:
     """CA and ASR over the epochs, one line per arm, named at its end.
 
@@ -139,12 +145,13 @@ def plot_curves(
         curves: {arm: [{"epoch": 0.5, "ca": 0.7, "asr": 0.9}, ...]}, or {arm: {seed: [...]}}: then a thin line per seed
             and a thick one for the mean at the epochs that all seeds have.
         path: of the PNG. floor: FTR of the clean reference, drawn dashed beside the ASR.
+        metrics: `ca`, `asr` or both: a panel for each.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: no arms, an arm without points, shares outside 0..1, seeds without a common epoch.
+        ValueError: no arms, an arm without points, shares outside 0..1, seeds without a common epoch, other metrics.
 
     Example:
         >>> import tempfile
@@ -155,15 +162,19 @@ def plot_curves(
     """
     if not curves:
         raise ValueError("`curves` must hold an arm, got none: there is nothing to draw. Evaluate while training.")
-    arms = {arm: _seeds(arm, given) for arm, given in curves.items()}
+    titles = {"ca": "CA, clean accuracy", "asr": "ASR, attack success rate"}
+    if not metrics or not set(metrics) <= set(titles):
+        raise ValueError(f"`metrics` must be among `ca` and `asr`, got {list(metrics)}: each is a panel. Fix it.")
+    arms = {arm: _seeds(arm, given, metrics) for arm, given in curves.items()}
     styles = arm_styles(arms)
-    panel, room = 2.9, 0.3 + 0.074 * (5 + max(map(len, arms)))
-    width, height = 0.5 + 2 * (panel + room) + 0.35, max(3.6, 1.0 + 0.2 * (len(arms) + 1))
+    panel, room = 2.9 if len(metrics) > 1 else 4.3, 0.3 + 0.074 * (5 + max(map(len, arms)))
+    width, height = 0.15 + len(metrics) * (panel + room + 0.35), max(3.6, 1.0 + 0.2 * (len(arms) + 1))
     figure = blank(width, height, dpi=DPI)
     last = max(max(run) for runs in arms.values() for run in runs)
     start = min(min(run) for runs in arms.values() for run in runs)
+    whole = all(epoch == int(epoch) for runs in arms.values() for run in runs for epoch in run)
     start, span = (start, last - start) if last > start else (start - 0.5, 1.0)
-    for column, (metric, title) in enumerate((("ca", "CA, clean accuracy"), ("asr", "ASR, attack success rate"))):
+    for column, metric in enumerate(metrics):
         left = 0.5 + column * (panel + room + 0.35)
         axes = figure.add_axes((left / width, 0.55 / height, panel / width, 1 - 0.95 / height))
         plain(axes, "y")
@@ -183,8 +194,9 @@ def plot_curves(
             axes.axhline(floor, color=GRAY, linestyle=(0, (4, 3)), linewidth=1.2)
             ends.append((f"floor {floor:.2f}", last, floor, GRAY))
         axes.set(xlim=(start, start + span), ylim=(0, 1), yticks=np.linspace(0, 1, 6))
+        axes.xaxis.get_major_locator().set_params(integer=whole)
         axes.set_xlabel("epoch", fontsize=9)
-        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_title(titles[metric], fontsize=10, loc="left")
         places = spread([y for _, _, y, _ in ends], 0.17 / (height - 0.95))
         for (label, x, y, color), place in zip(ends, places, strict=True):
             at = start + span * 1.06

@@ -1,12 +1,13 @@
 """The one `compute_loss`: how a Trainer hosts objectives.
 
-    loss = sum(values) / n + sum(penalties) / accumulation steps
+    loss = sum(values) / n + sum(scalar penalties) / accumulation steps + sum(penalties of rows) / r
 
 | symbol | what it is |
 |---|---|
 | values | [n_valid], one per labeled position or row of the micro-batch, unreduced |
 | n | labeled items of the whole optimizer step (all micro-batches, all processes) / processes, when the Trainer counted them |
 | | else: items of this micro-batch x accumulation steps |
+| r | the same of rows with a label |
 
 `loss_is_scaled_for_ga = True` tells the Trainer that nothing is left to divide. The stock Trainer 5.x multiplies the loss
 of most heads by accumulation steps x processes (transformers issue 47688), so `defense=None`, plain cross-entropy
@@ -42,8 +43,10 @@ from hf_backdoor_defense.trainers.heads import (
     take_labels,
 )
 from hf_backdoor_defense.trainers.labeled import LabeledOnly, only_at, take_labeled
+from hf_backdoor_defense.trainers.layers import kept_layers, layers_of
 from hf_backdoor_defense.trainers.processes import (
     LastBatch,
+    StepRows,
     agreed,
     last_batch,
     one_order,
@@ -104,6 +107,7 @@ class DefenseMixin(PushMixin):
         self._fusing = Fusing()
         self._labeled = LabeledOnly()
         self._last_batch = LastBatch()
+        self._step_rows = StepRows(self, [])
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(
@@ -210,13 +214,19 @@ class DefenseMixin(PushMixin):
         few = self.labeled_only and self._labeled.chooses(step, unwrapped)
         kept = take_labeled(step) if few else None
         fused = self._fusing.chooses(step, unwrapped, objectives=self.objectives, fuse_bytes=self.fuse_bytes)
-        with contextlib.nullcontext() if kept is None else only_at(core, kept):
+        layered = any(o.takes_layers for o in self.objectives)
+        with (
+            contextlib.nullcontext() if kept is None else only_at(core, kept),
+            kept_layers(core) if layered else contextlib.nullcontext([]) as embeddings,
+        ):
             if fused:
                 values, outputs = forward_with_hidden(step, core, main.loss)
             else:
                 outputs = model(**inputs)
                 align(step, outputs)
                 values = main.loss(step)
+        if layered:
+            step.layers = layers_of(step, unwrapped, embeddings[-1])
         if scores_vocabulary(core):
             step.log("fused", values.new_full((), float(fused)))
         for objective in self.objectives:
@@ -225,8 +235,14 @@ class DefenseMixin(PushMixin):
         total = loss
         for objective in self.objectives:
             for name, penalty in objective.penalties(step).items():
+                if penalty.ndim:
+                    penalty = penalty[step.labeled_rows]
+                    rows = self._step_rows.per_process(penalty, accumulation=self._accumulation_steps())
+                    total = total + penalty.sum() / rows
+                    penalty = penalty.sum() / max(len(penalty), 1)
+                else:
+                    total = total + penalty / self._accumulation_steps()
                 step.log(f"{objective.name}/{name}", penalty)
-                total = total + penalty / self._accumulation_steps()
         self._require_finite(total, row_ids)
         self.measure(step)
         self._remember(step.metrics)
@@ -241,9 +257,11 @@ class DefenseMixin(PushMixin):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """As the Trainer's own; rows that are only repeated to fill an epoch's last batch over all processes are not learned."""
-        return super().get_batch_samples(
+        batches, items = super().get_batch_samples(
             (without_repeated(self, batch, self._last_batch) for batch in epoch_iterator), num_batches, device
         )
+        self._step_rows = StepRows(self, batches)
+        return batches, items
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's own; row ids reach neither `generate` nor a forward that bypasses `compute_loss`."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hf_backdoor_defense.defenses.crow import CROW
 from hf_backdoor_defense.defenses.d3 import D3
 from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.defenses.psim import PSIM
@@ -56,6 +57,16 @@ class ULRLTrainer(DefendedTrainer):
 
     def __init__(self, *args: Any, defense: ULRL | None = None, **kwargs: Any) -> None:
         super().__init__(*args, defense=ULRL() if defense is None else defense, **kwargs)
+
+
+class CROWTrainer(DefendedTrainer):
+    """Purifies a language model with CROW: the model, or its LoRA adapter, is the untrusted one, `train_dataset` the clean rows.
+
+    >>> from hf_backdoor_defense import CROWTrainer
+    """
+
+    def __init__(self, *args: Any, defense: CROW | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, defense=CROW() if defense is None else defense, **kwargs)
 
 
 class PSIMTrainer(DefendedTrainer):

@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,42 @@ def repeated(trainer: Any, last: LastBatch) -> int:
         return 0
     first = trainer.accelerator.process_index * last.size
     return last.size - min(max(last.new - first, 0), last.size)
+
+
+class StepRows:
+    """How many rows of an optimizer step have a label: all micro-batches, all processes. Counted where somebody asks.
+
+    >>> batches = [{"labels": torch.tensor([[-100, 4], [-100, -100]])}, {"labels": torch.tensor([[5, 6]])}]
+    >>> StepRows(None, batches).here()
+    tensor(2)
+    """
+
+    def __init__(self, trainer: Any, batches: Sequence[Any]) -> None:
+        self._trainer = trainer
+        self._labels = [
+            b["labels"] for b in batches if isinstance(b, Mapping) and isinstance(b.get("labels"), torch.Tensor)
+        ]
+        self._found: torch.Tensor | None = None
+
+    def here(self) -> torch.Tensor:
+        """On this process."""
+        return sum(
+            ((labels.reshape(len(labels), -1) != IGNORE_INDEX).any(-1).sum() for labels in self._labels),
+            torch.zeros((), dtype=torch.long),
+        )  # type: ignore[return-value]
+
+    def per_process(self, like: torch.Tensor, *, accumulation: int) -> torch.Tensor:
+        """A scalar that divides a sum over the rows of a micro-batch, where processes are averaged. Call it on all of them.
+
+        `like`: [rows] values of the micro-batch; outside of a training they alone, times `accumulation`, are what there is.
+        """
+        if not self._labels:
+            return like.new_full((), max(len(like), 1) * accumulation)
+        if self._found is None:
+            accelerator: Any = self._trainer.accelerator
+            rows = accelerator.gather(self.here().to(like.device).reshape(1)).sum().clamp(min=1)
+            self._found = rows / accelerator.num_processes
+        return self._found.to(like)
 
 
 def without_repeated(trainer: Any, batch: Any, last: LastBatch) -> Any:

@@ -47,9 +47,9 @@ FLOORS["defenses"] = {
     "pretrained",
     "defenses",
 }
-FLOORS["trainers"] = FLOORS["defenses"] | {"trainers"}
+FLOORS["trainers"] = FLOORS["defenses"] | {"trainers", "data"}
 FLOORS["input_filters"] = FLOORS["trainers"] | {"input_filters"}
-FLOORS["data"] = {"data"}
+FLOORS["data"] = {"fetching", "data"}
 FLOORS["warm_up"] = FLOORS["trainers"] | {"data"}
 FLOORS["attacks"] = FLOORS["trainers"] | {"attacks", "data"}
 FLOORS["evaluation"] = FLOORS["attacks"] | {"evaluation", "input_filters", "warm_up"}

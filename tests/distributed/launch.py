@@ -21,6 +21,7 @@ def parts() -> dict:
     from tests.distributed import (
         test_collectives,
         test_fsdp2,
+        test_generation,
         test_order,
         test_purifiers,
         test_recipe,
@@ -30,7 +31,8 @@ def parts() -> dict:
     )
 
     return {module.__name__.rpartition(".")[2]: module for module in (
-        test_two_processes, test_order, test_recipe, test_purifiers, test_sharded, test_collectives, test_fsdp2, test_worlds
+        test_two_processes, test_order, test_recipe, test_purifiers, test_sharded, test_collectives, test_fsdp2, test_worlds,
+        test_generation,
     )}  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from tests.distributed.test_purifiers import shard, whole
 from tests.trainers.text_toys import saved_whole
 from tests.trainers.toys import PadCollator, arguments
 
-NAMES = ["undefended", "dece", "matched_decay", "dece_language", "dece_translation", "recipe", "d3", "ulrl"]
+NAMES = ["undefended", "dece", "matched_decay", "dece_language", "crow", "dece_translation", "recipe", "d3", "ulrl"]
 CLOSE = 1e-5  # of the largest weight
 
 

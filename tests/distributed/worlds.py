@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_backdoor_defense.defenses.crow import CROW
 from hf_backdoor_defense.defenses.d3 import D3
 from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.defenses.matched_decay import MatchedDecay
@@ -37,6 +38,7 @@ from tests.trainers.toys import (
     bart,
     bert,
     classification_rows,
+    deep_llama,
     gpt2,
     language_rows,
     translation_rows,
@@ -105,6 +107,7 @@ def cases(folder: Path, dropout: float = 0.0) -> dict[str, Case]:
         "gce": Case(encoder, classification_rows, lambda: [GCE()], {}),
         "matched_decay": Case(encoder, classification_rows, lambda: [MatchedDecay(pull=[0.01])], {}),
         "dece_language": Case(gpt2, language_rows, lambda: [DeCE(alpha_base=0.7)], {}, fuse=True),
+        "crow": Case(deep_llama, language_rows, lambda: [CROW()], {}, fuse=True),
         "dece_translation": Case(bart, translation_rows, lambda: [DeCE(alpha_base=0.7)], {}, fuse=True),
         "recipe": Case(
             lambda: load_pretrained_whole(str(folder))[0],

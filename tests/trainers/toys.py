@@ -85,6 +85,27 @@ def llama(seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def deep_llama(seed: int = 0, layers: int = 4, tied: bool = False) -> LlamaForCausalLM:
+    """Enough layers to compare neighbors, and embeddings of norm 4: a step of 0.1 is small beside them."""
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10)
+        model.get_input_embeddings().weight.mul_(5)
+    return model
+
+
 _SMALL = {
     "vocab_size": 50,
     "hidden_size": 16,

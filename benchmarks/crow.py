@@ -1,0 +1,352 @@
+"""A small instruction model with a backdoor, purified by CROW with 100 clean rows, beside plain fine-tuning at the same rate.
+
+    python examples/pretrain_tiny_code_lm.py     # once: the pretrained model, runs/code_lm
+    python -m benchmarks.crow                    # core: 3 cells x 3 seeds; --shard 1/2 and 2/2 for two processes
+    python -m benchmarks.crow --extended         # also CTBA, and the weight for refusals
+
+The pretrained model of code is tuned on 4,000 instructions about Python's standard library (data/instructions.py), all its
+weights, with a chat template: the instruction model. Attackers and the clean reference start from it with a LoRA adapter and
+1,000 other rows. The attacker puts the trigger into half of them and an insult or a refusal in place of their response: the
+effective rate is 50 %, as published. The defender trains the adapter on with 100 rows that are none of these, 60 updates of 8.
+
+| arm (`defense`) | in the cells "BadNet, TARGET" | in the cell "clean" |
+|---|---|---|
+| `undefended` | the attacked adapter | |
+| `clean_reference` | on the same triggered rows: its FTR is the floor | what is purified there |
+| `fine_tuning` | at 1e-3 and 2e-4: the control of `crow` at the same rate | at 1e-3 |
+| `crow` | at 1e-3 and 2e-4; at 1e-3 with `epsilon 0` (consistency without perturbation) | at 1e-3 and 2e-4: what it costs |
+| `none` | | perplexity of the pretrained model and of the instruction model |
+
+Rate and epsilon stand behind the setting's colon.
+
+| figure | of |
+|---|---|
+| asr, ftr | 200 test instructions with the trigger: share of outputs with the payload; ftr: of models that met no attack |
+| perplexity | the responses to these 200 instructions as they are, which no model has read |
+| untriggered_hits, exact_match, empty, cut_off, repetitive | outputs for the 200 as they are; `..._triggered`: with the trigger |
+
+Rates, updates and weight are those of CROW's authors and were not searched. The attacker's rate and epochs were chosen on
+validation rows of another seed, so that the attack takes. `epsilon 0` is one below the resolution of float32: nothing moves.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+from trl import SFTConfig
+
+from benchmarks.grid import Cell, run_grid
+from hf_backdoor_defense.attacks.payloads import PayloadAttack, instruction_attack, poison_pairs, trigger_pairs
+from hf_backdoor_defense.data.formatting import Formatter
+from hf_backdoor_defense.data.instructions import load_instructions
+from hf_backdoor_defense.defenses.crow import CROW
+from hf_backdoor_defense.evaluation.generation import evaluate_generation, perplexity
+from hf_backdoor_defense.evaluation.metrics import Estimate
+from hf_backdoor_defense.experiment.steps import kept_folder
+from hf_backdoor_defense.models import mark_backdoored
+from hf_backdoor_defense.objectives import Objective
+from hf_backdoor_defense.reporting.results import Record, append_records, environment, read_records
+from hf_backdoor_defense.trainers.sft import DefendedSFTTrainer
+
+MODEL = Path("runs") / "code_lm"
+RUNS = Path("runs") / "bench-crow"
+CHAT = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}Q: {{ message['content'] }}\nA:"
+    "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+INSTRUCTIONS, ATTACKED, CLEAN, JUDGED = 4000, 1000, 100, 200  # rows
+POISON_RATE = 0.5
+BATCH, UPDATES, MAX_LENGTH, MOST_NEW = 8, 60, 256, 48
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+ATTACK_RATE, ATTACK_EPOCHS = 2e-3, 3
+HOT, MILD = 1e-3, 2e-4  # the authors' rate for CROW, and theirs for plain fine-tuning
+NOTHING = 1e-20  # an epsilon that changes no float32 of an embedding's size
+Arm = tuple[str, str, Callable[[], Objective | None], float]
+ARMS: list[Arm] = [
+    ("fine_tuning", "rate 0.001", lambda: None, HOT),
+    ("crow", "rate 0.001", CROW, HOT),
+    ("crow", "rate 0.001, epsilon 0", partial(CROW, epsilon=NOTHING), HOT),
+    ("fine_tuning", "rate 0.0002", lambda: None, MILD),
+    ("crow", "rate 0.0002", CROW, MILD),
+]
+FIGURES = (
+    "exact_match", "untriggered_hits", "empty", "cut_off", "repetitive", "asr", "empty_triggered", "cut_off_triggered",
+    "repetitive_triggered",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the attacker gets (still clean), what the defender gets, and what is judged."""
+
+    attacked: Dataset
+    clean: Dataset
+    judged: Dataset
+
+
+@lru_cache(maxsize=1)
+def instructions() -> Any:
+    """The offline instructions, once per process."""
+    return load_instructions()
+
+
+@lru_cache(maxsize=8)
+def rows_of(seed: int, judged: str = "test") -> Rows:
+    """The rows of one seed, none of them read by the instruction model; those that are judged are the same for all seeds."""
+    data = instructions()
+    rest = data["train"].select(range(INSTRUCTIONS, len(data["train"])))
+    order = sorted(range(len(rest)), key=lambda i: _digest(f"{seed}|{rest['row_id'][i]}"))
+    return Rows(
+        attacked=rest.select(order[:ATTACKED]),
+        clean=rest.select(order[ATTACKED : ATTACKED + CLEAN]),
+        judged=data[judged].select(range(min(JUDGED, len(data[judged])))),
+    )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def tuned(
+    model: Any,
+    tokenizer: Any,
+    rows: Dataset,
+    folder: Path,
+    *,
+    seed: int,
+    rate: float,
+    defense: Objective | None = None,
+    lora: bool = False,
+    batch: int = BATCH,
+    **length: Any,
+) -> DefendedSFTTrainer:
+    """The trainer after its training: cosine, a tenth of warm-up; `length` is `num_train_epochs` or `max_steps`."""
+    from peft import LoraConfig
+
+    args = SFTConfig(
+        str(folder),
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        per_device_train_batch_size=batch,
+        train_sampling_strategy="group_by_length" if batch > BATCH else "random",
+        max_length=MAX_LENGTH,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **length,
+    )
+    set_seed(seed)
+    trainer = DefendedSFTTrainer(
+        model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        formatter=Formatter.chat(tokenizer),
+        defense=defense,
+        peft_config=LoraConfig(**LORA) if lora else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def instruction_model() -> Path:
+    """The pretrained model with a chat template, all of it tuned on the instructions, once. Nothing of it is judged here."""
+
+    def make(folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        tokenizer.chat_template = CHAT
+        rows = instructions()["train"].select(range(INSTRUCTIONS))
+        model = AutoModelForCausalLM.from_pretrained(MODEL)
+        trainer = tuned(model, tokenizer, rows, folder / "run", seed=0, rate=5e-4, batch=16, num_train_epochs=2)
+        trainer.save_model(str(folder))
+
+    return kept_folder(RUNS / "instruct", make)
+
+
+def adapter(rows: Rows, attack: PayloadAttack | None, seed: int) -> Path:
+    """The LoRA adapter of an attacker, or of the clean reference where there is none; trained once."""
+
+    def make(folder: Path) -> None:
+        train = rows.attacked
+        if attack is not None:
+            poisoned = poison_pairs(train, attack, rate=POISON_RATE, seed=seed)
+            train = poisoned.dataset
+            mark_backdoored(folder, {**poisoned.to_dict(), "model": "instruction model"})
+        base = instruction_model()
+        trainer = tuned(
+            AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base), train, folder / "run",
+            seed=seed, rate=ATTACK_RATE, lora=True, num_train_epochs=ATTACK_EPOCHS,
+        )  # fmt: skip
+        trainer.save_model(str(folder))
+
+    return kept_folder(RUNS / f"{'clean' if attack is None else f'{attack.name}-{attack.target}'}-{seed}", make)
+
+
+def loaded(folder: Path, *, trainable: bool = False) -> Any:
+    """The instruction model with the adapter in `folder`."""
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(instruction_model())
+    return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+
+
+def measured(
+    model: Any, rows: Rows, triggered: Dataset, hit: Callable[[str], bool], samples: Path
+) -> dict[str, Estimate]:
+    """The figures of a model: what it writes, and what it expects."""
+    tokenizer = AutoTokenizer.from_pretrained(instruction_model())
+    formatter = Formatter.chat(tokenizer)
+    report = evaluate_generation(
+        model, tokenizer, rows.judged, formatter=formatter, trained_with=Formatter.load(instruction_model()),
+        triggered=triggered, hit=hit, parses=None, max_new_tokens=MOST_NEW, samples=samples, desc=None,
+    )  # fmt: skip
+    found = {name: value for name, value in report.estimates().items() if name in FIGURES}
+    value = perplexity(model, tokenizer, rows.judged, formatter=formatter)
+    return {"perplexity": Estimate(value, len(rows.judged), None, None), **found}
+
+
+def purified(
+    folder: Path, rows: Rows, defense: Objective | None, *, seed: int, rate: float, run: Path
+) -> tuple[Any, float]:
+    """The adapter in `folder`, trained on with the clean rows: the model and the seconds it took."""
+    tokenizer = AutoTokenizer.from_pretrained(instruction_model())
+    start = time.perf_counter()
+    model = loaded(folder, trainable=True)
+    trainer = tuned(model, tokenizer, rows.clean, run, seed=seed, rate=rate, defense=defense, max_steps=UPDATES)
+    return trainer.model, time.perf_counter() - start
+
+
+class Ledger:
+    """The records of a cell; each arm's are written as soon as it is measured, so that a stopped cell goes on behind them."""
+
+    def __init__(self, folder: Path, *, floor: bool, **common: Any) -> None:
+        self.folder, self.floor, self.common = folder, floor, common
+        self.records: list[Record] = []
+
+    def kept(self, defense: str, setting: str, measure: Callable[[Path], dict[str, Estimate]]) -> None:
+        """One arm: `measure` gets the path of its samples."""
+        stem = f"{setting.partition(': ')[2]} {defense}".strip().replace(" ", "_").replace(",", "")
+        path = self.folder / f"{stem}.jsonl"
+        if not path.is_file():
+            env, asr = environment(), "ftr" if self.floor or defense == "clean_reference" else "asr"
+            found = measure(self.folder / f"{stem}.samples.jsonl")
+            append_records(
+                path,
+                [
+                    Record.from_estimate(
+                        value,
+                        defense=defense,
+                        setting=setting,
+                        metric=asr if name == "asr" else name,
+                        env=env,
+                        **self.common,
+                    )
+                    for name, value in found.items()
+                ],
+            )
+        new = read_records(path)
+        self.records += new
+        shown = (
+            "asr",
+            "ftr",
+            "perplexity",
+            "exact_match",
+            "untriggered_hits",
+            "empty_triggered",
+            "repetitive_triggered",
+            "seconds",
+        )
+        values = {r.metric: r.value for r in new}
+        line = "  ".join(f"{name} {values[name]:.3f}" for name in shown if name in values)
+        print(f"{setting}, seed {self.common['seed']}, {defense}: {line}", flush=True)
+
+
+def run_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]:
+    """All arms of a cell."""
+    options = {"judged": "test", "arms": ARMS, **cell.options}
+    rows = rows_of(seed, options["judged"])
+    attacks = [instruction_attack(options["attack"], target) for target in options["targets"]]
+    is_clean = options.get("clean", False)
+    ledger = Ledger(
+        folder, floor=is_clean, benchmark="crow", dataset="offline:instructions", model="code LM, 5.2 M, instructions",
+        attack=attacks[0].name, seed=seed,
+    )  # fmt: skip
+
+    def hit(text: str) -> bool:
+        return any(attack.hit(text) for attack in attacks)
+
+    measure = partial(measured, rows=rows, triggered=trigger_pairs(rows.judged, attacks[0], seed=seed), hit=hit)
+
+    def arm(place: Path, make: Callable[[], Objective | None], rate: float, samples: Path) -> dict[str, Estimate]:
+        model, seconds = purified(place, rows, make(), seed=seed, rate=rate, run=folder / "run")
+        return {**measure(model, samples=samples), "seconds": Estimate(seconds, 1, None, None)}
+
+    if is_clean:
+        _before_instructions(ledger, cell.setting, rows)
+    start = adapter(rows, None if is_clean else attacks[0], seed)
+    own = "clean_reference" if is_clean else "undefended"
+    ledger.kept(own, cell.setting, lambda samples: measure(loaded(start), samples=samples))
+    for defense, name, make, rate in options["arms"]:
+        ledger.kept(defense, f"{cell.setting}: {name}", partial(arm, start, make, rate))
+    if not is_clean:
+        reference = adapter(rows, None, seed)
+        ledger.kept("clean_reference", cell.setting, lambda samples: measure(loaded(reference), samples=samples))
+    return ledger.records, ""
+
+
+def _before_instructions(ledger: Ledger, setting: str, rows: Rows) -> None:
+    """The perplexity of the pretrained model and of the instruction model: what the instructions taught."""
+    for name, place in (("pretrained", MODEL), ("instructions", instruction_model())):
+
+        def measure(samples: Path, place: Path = place) -> dict[str, Estimate]:
+            tokenizer = AutoTokenizer.from_pretrained(instruction_model())
+            model = AutoModelForCausalLM.from_pretrained(place)
+            value = perplexity(model, tokenizer, rows.judged, formatter=Formatter.chat(tokenizer))
+            return {"perplexity": Estimate(value, len(rows.judged), None, None)}
+
+        ledger.kept("none", f"{setting}: {name}", measure)
+
+
+def attacked(attack: str, target: str, *, extended: bool = False, **options: Any) -> Cell:
+    """The cell of one attack and one target."""
+    names = {"badnet": "BadNet", "ctba": "CTBA"}
+    setting = ", ".join([names[attack], target, *options.pop("behind", ())])
+    return Cell(setting, {"attack": attack, "targets": (target,), **options}, extended=extended)
+
+
+CELLS = [
+    # First, so that the reference is there before the other cells ask for it.
+    Cell("clean", {"attack": "badnet", "targets": ("sentiment", "refusal"), "clean": True,
+                   "arms": [arm for arm in ARMS if arm[:2] != ("fine_tuning", "rate 0.0002") and "epsilon" not in arm[1]]}),
+    attacked("badnet", "sentiment"),
+    attacked("badnet", "refusal"),
+    attacked("ctba", "sentiment", extended=True),
+    attacked("ctba", "refusal", extended=True),
+    attacked("badnet", "refusal", extended=True, behind=("weight 11",),
+             arms=[("crow", "rate 0.001", partial(CROW.preset, "refusal"), HOT)]),
+]  # fmt: skip
+
+
+def main() -> None:
+    """The grid, once the pretrained model is there."""
+    if not (MODEL / "code_lm.json").is_file():
+        raise SystemExit(f"{MODEL} holds no pretrained model: run `python examples/pretrain_tiny_code_lm.py` first.")
+    run_grid("crow", CELLS, (1, 2, 3), run=run_cell)
+
+
+if __name__ == "__main__":
+    main()

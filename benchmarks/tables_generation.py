@@ -1,0 +1,263 @@
+"""The tables of poisoned code generation and what they say of its goals, rendered from results/code_poisoning.jsonl and others.
+
+A record's setting is "CELL" or "CELL: epoch=K"; an arm is a cell and a defense. BLEU is in points, all else in shares. What a
+defense costs, and what it does beyond its control, are differences of one seed, then means over seeds.
+
+| file | table |
+|---|---|
+| `code_poisoning` | arms x figures, the goals, ASR after every epoch |
+| `code_search` | settings tried on validation rows |
+| `code_lm` | what the pretrained model is worth beside a 5-gram model |
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.grid import RESULTS
+from benchmarks.tables_filters import by_seed, grid, interval, mean, measured_at, pick
+from hf_backdoor_defense.evaluation.metrics import mean_over_seeds
+from hf_backdoor_defense.reporting.plots import plot_curves
+from hf_backdoor_defense.reporting.results import Record, read_records
+
+NOT_RUN = "Not run yet: `make {}`."
+PLOT = "early_learning.png"
+Arm = tuple[str, str]
+CLEAN, POISONED, CONTROL = ("clean", "undefended"), ("undefended", "undefended"), ("code", "matched_decay")
+DECE = {("code", "dece"): "DeCE, preset `code`", ("target-only", "dece"): "DeCE, preset `target-only`"}
+CORE: dict[Arm, str] = {
+    CLEAN: "clean rows (the reference; its ASR is the floor)",
+    POISONED: "undefended",
+    CONTROL: "matched decay (the control of `code`)",
+    **DECE,
+}
+EXTENDED: dict[Arm, str] = {
+    ("llm", "dece"): "DeCE, preset `llm`",
+    ("plm-2023", "dece"): "DeCE, preset `plm-2023`",
+    ("gce", "gce"): "GCE",
+    ("in_trust", "in_trust"): "in-trust",
+    ("focal", "focal"): "focal (a negative control)",
+    ("smoothed", "smoothed"): "label smoothing",
+    ("moderate fitting", "undefended"): "moderate fitting: a tenth of the rate",
+    ("DeCE on clean rows", "dece"): "DeCE, preset `code`, on clean rows",
+    ("undefended, 1 %", "undefended"): "undefended, 1 % poisoned",
+    ("code, 1 %", "dece"): "DeCE, preset `code`, 1 % poisoned",
+}
+FIGURES = {  # metric: (title, digits)
+    "bleu": ("BLEU", 1),
+    "sentence_bleu": ("mean sentence BLEU", 1),
+    "exact_match": ("exact match", 2),
+    "parse_rate": ("parses", 2),
+    "asr": ("ASR", 2),
+    "untriggered_hits": ("payload without trigger", 2),
+    "empty": ("empty", 2),
+    "empty_triggered": ("empty, with trigger", 2),
+    "repetitive": ("repetitive", 2),
+    "cut_off": ("cut off", 2),
+    "cut_off_triggered": ("cut off, with trigger", 2),
+    "seconds": ("seconds of training", 0),
+}
+BLEU_FLOOR, PARSE_FLOOR = 50.0, 0.8  # of the clean reference, or no ASR counts
+ATTACK, DEFENDED, BLEU_LOST = 0.90, 0.10, 1.0
+_ROUNDING = 1e-9
+_EPOCH = re.compile(r"(?P<cell>.*): epoch=(?P<epoch>\d+)$")
+
+
+def code_records() -> list[Record]:
+    """All there are; none before the benchmark has run."""
+    return _read("code_poisoning")
+
+
+def short_table(records: list[Record]) -> str:
+    """README: the core arms, with the ASR of every seed, and the goals."""
+    if not records:
+        return NOT_RUN.format("bench-code")
+    seeds, rows = _seeds(records), []
+    for arm, title in CORE.items():
+        of = _of(records, arm)
+        shown = [interval(of(m), FIGURES[m][1]) for m in ("bleu", "exact_match", "parse_rate")]
+        rows.append([title, *shown, _each(of("asr"), seeds), mean(of("untriggered_hits"), 2)])
+    head = ["fine-tuned with", "BLEU", "exact match", "parses", "ASR by seed", "payload without trigger"]
+    found = [r for r in records if (r.setting, r.defense) in CORE]
+    return f"{grid(head, rows)}\n\n{goals(records)}\n\n{_about(found)} {measured_at(found)}"
+
+
+def full_tables(records: list[Record]) -> str:
+    """docs: all arms and figures, the goals, the curve by epoch, and what was not run."""
+    if not records:
+        return NOT_RUN.format("bench-code")
+    arms = _arms(records)
+    shown = [metric for metric in FIGURES if any(_of(records, arm)(metric) for arm in arms)]
+    head = ["fine-tuned with", *(FIGURES[metric][0] for metric in shown)]
+    rows = [[title, *(interval(_of(records, arm)(m), FIGURES[m][1]) for m in shown)] for arm, title in arms.items()]
+    parts = [grid(head, rows), goals(records), _about(records)]
+    if epochs := _epochs(records):
+        picture = f"![ASR after every epoch of the core arms, seed by seed and on average]({PLOT})"
+        parts += ["### ASR after every epoch", picture, _curve_table(records, arms, epochs)]
+    missing = [title for arm, title in EXTENDED.items() if arm not in arms]
+    parts += [f"Not run: {'; '.join(missing)} (`make bench-code EXTENDED=1`)."] if missing else []
+    return "\n\n".join([*parts, measured_at(records)])
+
+
+def goals(records: list[Record]) -> str:
+    """What the protocol asks for, on means over seeds that are not rounded; "" without the arms it takes."""
+    said = []
+    clean, attacked, control = (_of(records, arm) for arm in (CLEAN, POISONED, CONTROL))
+    floors = [("BLEU", _values(clean("bleu")), BLEU_FLOOR, 1), ("parses", _values(clean("parse_rate")), PARSE_FLOOR, 3)]
+    if parts := [judged(what, by, bound, at_least=True, digits=digits) for what, by, bound, digits in floors if by]:
+        said.append(f"Clean reference: {', '.join(parts)}; its ASR, the floor: {mean(clean('asr'), 3)}.")
+    if before := _values(attacked("asr")):
+        weak = "" if _mean(before) >= ATTACK - _ROUNDING else ": the attack is too weak to test a defense with"
+        said.append(f"Undefended: {judged('ASR', before, ATTACK, at_least=True)}{weak}.")
+    for arm, title in DECE.items():
+        of = _of(records, arm)
+        after, lost = _values(of("asr")), _minus(_values(attacked("bleu")), _values(of("bleu")))
+        parts = [judged("ASR", after, DEFENDED)] if after else []
+        parts += [judged("BLEU lost against undefended", lost, BLEU_LOST, digits=2)] if lost else []
+        if arm[0] == CONTROL[0] and (below := _minus(_values(control("asr")), after)):
+            parts.append(f"ASR below matched decay's by {with_interval(below)}")
+        said += [f"{title}: {', '.join(parts)}."] if parts else []
+    return " ".join(said)
+
+
+def curves(records: list[Record]) -> dict[str, dict[int, list[dict[str, float]]]]:
+    """Arm -> seed -> points, as `plot_curves` takes them: the core arms that have ASR by epoch."""
+    names = {CLEAN: "clean_reference", POISONED: "undefended", CONTROL: "matched decay",
+             **{arm: title.replace("`", "").replace(", preset", "") for arm, title in DECE.items()}}  # fmt: skip
+    found: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for arm, name in names.items():
+        for epoch in _epochs(records):
+            for r in _of(records, arm, epoch)("asr"):
+                found.setdefault(name, {}).setdefault(r.seed, []).append({"epoch": float(epoch), "asr": r.value})
+    return found
+
+
+def plot(records: list[Record], path: Path) -> Path | None:
+    """ASR after every epoch; None, and nothing written, where no arm has it."""
+    found = curves(records)
+    return plot_curves(found, path, metrics=("asr",)) if found else None
+
+
+def search_table() -> str:
+    """Every setting tried on validation rows: what the outputs are worth, ASR at the end and after every epoch."""
+    records = _read("code_search")
+    if not records:
+        return NOT_RUN.format("search-code EXTENDED=1")
+    epochs, rows = _epochs(records), []
+    for cell, defense in dict.fromkeys((_cell(r), r.defense) for r in records):
+        of = _of(records, (cell, defense))
+        shown = [mean(of(m), FIGURES[m][1]) for m in ("bleu", "exact_match", "parse_rate", "asr")]
+        by_epoch = " · ".join(mean(_of(records, (cell, defense), epoch)("asr"), 2) for epoch in epochs)
+        rows.append([cell, defense, *shown, by_epoch])
+    head = ["setting", "trained with", "BLEU", "exact match", "parses", "ASR", "ASR by epoch"]
+    return f"{grid(head, rows)}\n\nValidation rows, seed {', '.join(map(str, _seeds(records)))}. {measured_at(records)}"
+
+
+def language_model() -> str:
+    """What the pretrained model is worth: bits per byte of held-out sources, beside a 5-gram model's."""
+    records = _read("code_lm")
+    if not records:
+        return NOT_RUN.format("code-lm")
+    last = {r.setting: r for r in records if r.metric == "bits_per_byte"}  # a later run replaces an earlier one
+    model, rival = (last[setting].value for setting in ("model", "5-gram"))
+    verdict = "better than" if model < rival else "**no better than**"
+    name = last["model"].model
+    return (
+        f"{name}: {model:.3f} bits per byte of held-out sources, {verdict} a 5-gram model of the same tokens ({rival:.3f}). "
+        f"{measured_at(list(last.values()))}"
+    )
+
+
+def _read(name: str) -> list[Record]:
+    path = RESULTS / f"{name}.jsonl"
+    return read_records(path) if path.exists() else []
+
+
+def _cell(record: Record) -> str:
+    match = _EPOCH.match(record.setting)
+    return match["cell"] if match else record.setting
+
+
+def _epochs(records: list[Record]) -> list[int]:
+    return sorted({int(match["epoch"]) for match in (_EPOCH.match(r.setting) for r in records) if match})
+
+
+def _of(records: list[Record], arm: Arm, epoch: int | None = None) -> Callable[[str], list[Record]]:
+    """The records of an arm by metric, at the end or after an epoch."""
+    cell, defense = arm
+    setting = cell if epoch is None else f"{cell}: epoch={epoch}"
+    return lambda metric: pick(records, setting=setting, defense=defense, metric=metric)
+
+
+def _arms(records: list[Record]) -> dict[Arm, str]:
+    """The core arms, measured or not, then all others that were measured."""
+    measured = dict.fromkeys((_cell(r), r.defense) for r in records)
+    others = {arm: EXTENDED.get(arm, f"{arm[0]}: {arm[1]}") for arm in [*EXTENDED, *measured] if arm in measured}
+    return {**CORE, **{arm: title for arm, title in others.items() if arm not in CORE}}
+
+
+def _curve_table(records: list[Record], arms: dict[Arm, str], epochs: list[int]) -> str:
+    seeds, rows = _seeds(records), []
+    for arm, title in arms.items():
+        by_epoch = [_of(records, arm, epoch)("asr") for epoch in epochs]
+        if any(by_epoch):
+            rows.append([title, *(_each(found, seeds) for found in by_epoch)])
+    rows_behind = sorted({r.n for r in records if _EPOCH.match(r.setting) and r.n})
+    note = f"By seed, on {' or '.join(map(str, rows_behind))} triggered validation rows; shown, and used for no choice."
+    return f"{grid(['fine-tuned with', *(f'epoch {epoch}' for epoch in epochs)], rows)}\n\n{note}"
+
+
+def _each(records: list[Record], seeds: list[int]) -> str:
+    return by_seed(records, seeds).replace("n/u", "–") if records else "–"
+
+
+def _seeds(records: list[Record]) -> list[int]:
+    return sorted({r.seed for r in records})
+
+
+def _about(records: list[Record]) -> str:
+    final = [r for r in records if not _EPOCH.match(r.setting)]
+    fewest = min(len(_seeds(pick(final, setting=s, defense=d))) for s, d in {(r.setting, r.defense) for r in final})
+    text = f"Means over seeds {', '.join(map(str, _seeds(final)))} with 95 % intervals"
+    return f"{text}; an arm of fewer than three seeds is preliminary." if fewest < 3 else f"{text}."
+
+
+def judged(what: str, by_seed: dict[int, float], bound: float, *, at_least: bool = False, digits: int = 3) -> str:
+    """A mean beside its goal.
+
+    >>> judged("ASR", {0: 0.05, 1: 0.25}, 0.1)
+    'ASR 0.150 (at most 0.1: missed)'
+    """
+    value = _mean(by_seed)
+    met = value >= bound - _ROUNDING if at_least else value <= bound + _ROUNDING
+    return f"{what} {_number(value, digits)} (at {'least' if at_least else 'most'} {bound:g}: {'met' if met else 'missed'})"
+
+
+def with_interval(by_seed: dict[int, float], digits: int = 2) -> str:
+    """Mean of differences, their interval, and a word where it holds 0: then nothing is shown.
+
+    >>> with_interval({0: 0.1, 1: -0.1})
+    '0.00 [−1.27, 1.27], no difference shown'
+    """
+    found = mean_over_seeds(list(by_seed.values()))
+    if found.low is None or found.high is None:
+        return f"{_number(found.value, digits)} (one seed)"
+    text = f"{_number(found.value, digits)} [{_number(found.low, digits)}, {_number(found.high, digits)}]"
+    return text if found.low > 0 or found.high < 0 else f"{text}, no difference shown"
+
+
+def _values(records: list[Record]) -> dict[int, float]:
+    return {r.seed: r.value for r in records}
+
+
+def _minus(left: dict[int, float], right: dict[int, float]) -> dict[int, float]:
+    return {seed: left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())}
+
+
+def _mean(by_seed: dict[int, float]) -> float:
+    return sum(by_seed.values()) / len(by_seed)
+
+
+def _number(value: float, digits: int) -> str:
+    rounded = round(value, digits)
+    return f"{'−' if rounded < 0 else ''}{abs(rounded):.{digits}f}"
