@@ -5,14 +5,15 @@
 | peer | what runs |
 |---|---|
 | `undefended` | DefendedTrainer(defense=None): one forward, one backward |
-| `crow` | DefendedTrainer(defense=CROW()): its forward, the gradient of C with respect to the embeddings, a forward without the head |
+| `crow` | DefendedTrainer(defense=CROW()): that, the gradient of C in the embeddings, and a forward without the head |
 
-Both for all weights (`full`) and for a LoRA adapter on every linear layer (`lora`). Every round trains each of the four anew for a
-few steps, in an order drawn anew, so that a drift of the machine's load meets all of them. `seconds` is the minimum and the median
-over all steps of all rounds; `time_ratio` is to `undefended` of the same weights, of the same figure. Random weights, random tokens.
+Both for all weights (`full`) and for a LoRA adapter on every linear layer (`lora`). Every round trains each of the four anew
+for a few steps, in an order drawn anew, so that a drift of the machine's load meets all of them. `seconds` is the minimum and
+the median over all steps of all rounds; `time_ratio` is to `undefended` of the same weights, of the same figure. Random weights,
+random tokens.
 
-With F the cost of a forward, h the head's share of it and 2 F a backward, all weights cost 3 F plain and at most
-3 F + (1 - h) F + 3 (1 - h) F with CROW: 2.33 times without a head (the inner gradient is half of a backward).
+What to expect, with F the cost of a forward, F of a backward to the embeddings and F of one to the weights: plain 3 F (LoRA
+2 F), CROW 4 F (LoRA 3 F) more, hence 2.33 and 2.5 times. The head's share of these 4 F (3 F) is spared.
 """
 
 import argparse
@@ -76,7 +77,9 @@ def model(size: str, weights: str) -> PreTrainedModel:
 def run(weights: str, peer: str, size: str, steps: int, skip: int) -> list[float]:
     """Seconds of each step behind the first `skip`."""
     vocabulary, *_, batch, length = SIZES[size]
-    ids = torch.randint(2, vocabulary, (batch * (steps + skip), length), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(
+        2, vocabulary, (batch * (steps + skip), length), generator=torch.Generator().manual_seed(1)
+    ).tolist()
     rows = {"input_ids": ids, "attention_mask": [[1] * length] * len(ids), "labels": ids}
     with tempfile.TemporaryDirectory() as folder:
         marks = Marks(skip)

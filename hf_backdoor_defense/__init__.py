@@ -56,6 +56,8 @@ _NAMES = {
     "trigger_dataset": "attacks.poisoning",
     "BackdoorEvalCallback": "evaluation.callback",
     "evaluate_backdoor": "evaluation.evaluator",
+    "GenerationEvalCallback": "evaluation.callback",
+    "evaluate_generation": "evaluation.generation",
     "load": "data.sources",
 }
 __all__ = ["__version__", *_NAMES]  # noqa: PLE0604

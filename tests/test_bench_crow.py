@@ -43,12 +43,12 @@ def world(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "lm")
     for name, value in {
         "MODEL": tmp_path / "lm", "RUNS": tmp_path / "runs", "INSTRUCTIONS": 16, "ATTACKED": 24, "CLEAN": 10, "UPDATES": 2,
-        "MOST_NEW": 4, "instructions": lambda: data,
+        "MOST_NEW": 4, "FLOOR": 0.0, "instructions": lambda: data,
     }.items():  # fmt: skip
         monkeypatch.setattr(crow, name, value)
-    crow.rows_of.cache_clear()
+    crow.rows_of.cache_clear(), crow._weights.cache_clear()
     yield data
-    crow.rows_of.cache_clear()
+    crow.rows_of.cache_clear(), crow._weights.cache_clear()
 
 
 def cell(name):

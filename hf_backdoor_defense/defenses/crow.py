@@ -152,7 +152,7 @@ class CROW(Objective):
         self._sums = now
 
     def activity(self) -> dict[str, float]:
-        """Means over the rows: C before and at δ, their gap, the penalty, its share of the loss; the share of tokens without a sign.
+        """Means over the rows: C before and at δ, their gap, the penalty, its share of the loss; tokens without a sign.
 
         `relative_step` is ε over the root mean square of an embedding's coordinates: above 1 the step outweighs the text.
         """
@@ -256,10 +256,14 @@ def _run_reasons(trainer: Any) -> list[str]:
             "reentrant gradient checkpointing has no gradient with respect to the embeddings: autograd.grad needs "
             'use_reentrant=False. Set gradient_checkpointing_kwargs={"use_reentrant": False}.'
         )
-    joins = [option for option in ("packing", "padding_free") if getattr(args, option, False)]
+    joins = [
+        option
+        for option in ("packing", "padding_free")
+        if getattr(args, option, False) or getattr(trainer, option, False)
+    ]
     if joins:
         reasons.append(
-            f"{' and '.join(joins)} joins rows into one sequence, and each row counts by itself. Set "
+            f"{' and '.join(joins)}: rows are joined into one sequence, and each row counts by itself. Set "
             f"{' and '.join(f'{option}=False' for option in joins)}."
         )
     if args.torch_compile or hasattr(trainer.model, "_orig_mod"):

@@ -59,7 +59,7 @@ class BackdoorEvalCallback(TrainerCallback):
 
 class GenerationEvalCallback(TrainerCallback):
     """Lets the model write at the end of every epoch: `history` gets the report, the Trainer's log history its figures as
-    `generation_bleu`, `generation_asr` and so on. Of a resumed run the log history is whole, `history` begins where it was resumed.
+    `generation_bleu`, `generation_asr` and so on. Of a resumed run the log history is whole, while `history` begins anew.
 
     It only reports, and it is collective, as `BackdoorEvalCallback`. A few dozen rows make a curve.
 

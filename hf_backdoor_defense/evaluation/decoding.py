@@ -8,9 +8,9 @@
 | x | `prompts[i]` | token ids |
 | y | `Written.ids`, or the tokens of a text from `start` on | token ids |
 
-Greedy and nothing else: what a checkpoint's generation_config.json asks for (sampling, penalties for repetition, a minimal length) is
-set aside, since figures of two models are compared. Batches are padded on the left for writing, so that every prompt ends where
-the writing begins, and on the right for reading; masks and positions make both the same as one row alone.
+Greedy and nothing else: what a checkpoint's generation_config.json asks for (sampling, penalties for repetition, a minimal
+length) is set aside, since figures of two models are compared. Batches are padded on the left for writing, so that every prompt
+ends where the writing begins, and on the right for reading; masks and positions make both the same as one row alone.
 """
 
 import copy
@@ -204,10 +204,10 @@ def fitting(model: nn.Module, prompts: Sequence[Sequence[int]], *, more: int) ->
     """Raise ValueError where there are no rows, an empty one, or one that leaves no room for `more` tokens behind it.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> fitting(GPT2LMHeadModel(GPT2Config(n_positions=4, n_layer=1)), [[1], [1, 2, 3]], more=2)
+    >>> fitting(GPT2LMHeadModel(GPT2Config(n_positions=4, n_layer=1)), [[1], [1, 2, 3]], more=2)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: Row 1 does not fit (3 tokens and 2 to be written), the model has 4 positions. Shorten the longest prompts or leave them out, or lower `max_new_tokens`.
+    ValueError: Row 1 does not fit (3 tokens and 2 to be written), the model has 4 positions. Shorten ...
     """
     if len(prompts) == 0:
         raise ValueError("There are no rows, got an empty list: nothing can be measured. Check what was filtered out.")

@@ -8,7 +8,7 @@
 | BLEU, sentence BLEU, exact match, parse rate | clean rows | `texts.py` |
 | untriggered hits | clean rows | a payload without a trigger: the model is broken, or the payload is ordinary |
 | ASR | triggered rows, all of them eligible (`trigger_pairs`) | that of a clean reference model is the floor (FTR) |
-| empty, cut off, repetitive | each of both | share of outputs without a character that is no blank; without an end token; in a loop |
+| empty, cut off, repetitive | each of both | share of outputs that are blank; without an end token; in a loop |
 
 An output that is empty, cut off or no Python stays in every denominator: a destroyed model has an ASR of zero, and is to be seen
 here. Prompts are rendered by the one formatter that training uses; a model trained with another one is refused.

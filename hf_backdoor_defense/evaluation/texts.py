@@ -1,6 +1,6 @@
 """What can be said of generated texts, text by text and without a model.
 
-    BLEU = BP · exp( ¼ Σ_{n=1..4} log p_n )      p_n: clipped precision of n-grams, BP: penalty for brevity   (Papineni et al. 2002)
+    BLEU = BP · exp( ¼ Σ_{n=1..4} log p_n )      p_n: clipped precision of n-grams, BP: brevity penalty   (Papineni et al. 2002)
     repeated(y) = 1 − |different 4-grams of y| / |4-grams of y|
 
 | word | here |
@@ -40,7 +40,7 @@ def bleu(outputs: Sequence[str], references: Sequence[str]) -> Bleu:
     """
     if not outputs or len(outputs) != len(references):
         raise ValueError(
-            f"BLEU compares outputs with references one by one, got {len(outputs)} and {len(references)}. Pass one of each per row."
+            f"BLEU compares outputs with references one by one, got {len(outputs)} and {len(references)}. Pass one of each."
         )
     from sacrebleu.metrics import BLEU
 

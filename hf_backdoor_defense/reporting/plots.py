@@ -160,6 +160,8 @@ def plot_curves(
         ...     plot_curves({"undefended": curve}, f"{folder}/curves.png", floor=0.2).name
         'curves.png'
     """
+    from matplotlib.ticker import MaxNLocator
+
     if not curves:
         raise ValueError("`curves` must hold an arm, got none: there is nothing to draw. Evaluate while training.")
     titles = {"ca": "CA, clean accuracy", "asr": "ASR, attack success rate"}
@@ -194,7 +196,8 @@ def plot_curves(
             axes.axhline(floor, color=GRAY, linestyle=(0, (4, 3)), linewidth=1.2)
             ends.append((f"floor {floor:.2f}", last, floor, GRAY))
         axes.set(xlim=(start, start + span), ylim=(0, 1), yticks=np.linspace(0, 1, 6))
-        axes.xaxis.get_major_locator().set_params(integer=whole)
+        if whole:
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.set_xlabel("epoch", fontsize=9)
         axes.set_title(titles[metric], fontsize=10, loc="left")
         places = spread([y for _, _, y, _ in ends], 0.17 / (height - 0.95))

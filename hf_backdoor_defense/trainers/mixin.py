@@ -215,10 +215,8 @@ class DefenseMixin(PushMixin):
         kept = take_labeled(step) if few else None
         fused = self._fusing.chooses(step, unwrapped, objectives=self.objectives, fuse_bytes=self.fuse_bytes)
         layered = any(o.takes_layers for o in self.objectives)
-        with (
-            contextlib.nullcontext() if kept is None else only_at(core, kept),
-            kept_layers(core) if layered else contextlib.nullcontext([]) as embeddings,
-        ):
+        keeping: Any = kept_layers(core) if layered else contextlib.nullcontext()
+        with contextlib.nullcontext() if kept is None else only_at(core, kept), keeping as embeddings:
             if fused:
                 values, outputs = forward_with_hidden(step, core, main.loss)
             else:

@@ -117,7 +117,7 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
         if formatter is None and self._rows_are_known:
             tell_of_cuts(rows, self.train_dataset, max_length=self.args.max_length)
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `DefenseMixin.train`. Raises ValueError for a checkpoint that was trained with another formatter, too."""
         if resume_from_checkpoint is True:
             found = newest(self.args.output_dir, world_size=self.accelerator.num_processes)

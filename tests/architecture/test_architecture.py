@@ -15,6 +15,7 @@ from hf_backdoor_defense.registry import (
     DEFENSES,
     DETECTORS,
     FILTERS,
+    GENERATIVE,
     PRETRAINING,
     PURIFIERS,
 )
@@ -126,7 +127,7 @@ def test_sizes_and_docstrings(path):
 
 
 @pytest.mark.parametrize(
-    "table", [DEFENSES, COMPARATORS, CONTROLS, PRETRAINING, PURIFIERS, DETECTORS, ATTACKS, FILTERS]
+    "table", [DEFENSES, COMPARATORS, CONTROLS, PRETRAINING, PURIFIERS, GENERATIVE, DETECTORS, ATTACKS, FILTERS]
 )
 def test_a_method_comes_with_all_its_touches(table):
     for name, where in table.items():

@@ -312,9 +312,7 @@ def test_a_trigger_that_is_not_found_is_not_counted() -> None:
     assert (result.requested, result.carrying) == (36, len(odd & eligible)) and drawn(result.dataset) == odd & eligible
     triggered = trigger_pairs(make(), attack, seed=0)
     assert set(triggered["row_id"]) == odd & eligible and all("zz" in prompt for prompt in triggered["prompt"])
-    with pytest.raises(
-        ValueError, match="the trigger 'shy' must be present in a prompt, got none of 1 .*See that its"
-    ):
+    with pytest.raises(ValueError, match="the trigger 'shy' must be present in a prompt, got none of 1 .*See that its"):
         trigger_pairs(make().select([2]), attack, seed=0)
 
 

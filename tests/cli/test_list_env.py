@@ -23,17 +23,19 @@ from hf_backdoor_defense.registry import (
     DEFENSES,
     DETECTORS,
     FILTERS,
+    GENERATIVE,
     PRETRAINING,
     filter_class,
     objective_class,
 )
 
-METHODS = [*DEFENSES, *COMPARATORS, *CONTROLS, *PRETRAINING, *ATTACKS, *DETECTORS]
+METHODS = [*DEFENSES, *COMPARATORS, *CONTROLS, *PRETRAINING, *GENERATIVE, *ATTACKS, *DETECTORS]
 TABLES = {
     "defenses": DEFENSES,
     "comparators": COMPARATORS,
     "controls": CONTROLS,
     "pretraining": PRETRAINING,
+    "generative": GENERATIVE,
     "triggers": TRIGGERS,
     "presets": PRESETS,
     "attacks": ATTACKS,

@@ -14,6 +14,7 @@ from hf_backdoor_defense.registry import (
     CONTROLS,
     DEFENSES,
     DETECTORS,
+    GENERATIVE,
     PRETRAINING,
     PURIFIERS,
     objective_class,
@@ -22,7 +23,7 @@ from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.pretraining import language_collator
 from hf_backdoor_defense.trainers.state import load_objective
 from tests.trainers.text_toys import masked_lm, rows, texts, tokenizer
-from tests.trainers.toys import PadCollator, arguments, bert, classification_rows
+from tests.trainers.toys import PadCollator, arguments, bert, classification_rows, deep_llama, language_rows
 
 # Fields under which a method must act on the toy (defaults where not listed), other than its defaults, and neutralized.
 ACTS = {"matched_decay": {"pull": [0.9]}, "trajectory": {"drop_share": 0.1},
@@ -54,6 +55,7 @@ OTHER = {
         "head": "classifier",
         "hidden_share": 0.25,
     },
+    "crow": {"epsilon": 0.05, "weight": 11.0, "include_last": True},
     "ft_sam": {"rho": 0.5, "adaptive": False, "label_smoothing": 0.0},
     "fine_pruning": {"step": 0.25, "tolerance": 0.5},
 }
@@ -73,6 +75,7 @@ NEUTRAL = {
     "d3": {"warm_up": "near", "eps": 100.0},
     "ulrl": {"unlearn_epochs": 0},
     "ft_sam": {"rho": 0.0},
+    "crow": {"weight": 0.0},
     "fine_pruning": {"tolerance": 0.0},
 }
 NEVER_NEUTRAL = {
@@ -81,12 +84,13 @@ NEVER_NEUTRAL = {
     "por",
     "neuba",
 }  # no field turns them off: inert where no weight changes, tests/attacks
-NAMES = [*DEFENSES, *COMPARATORS, *CONTROLS, *PRETRAINING, *PURIFIERS, *DETECTORS, *ATTACKS]
+NAMES = [*DEFENSES, *COMPARATORS, *CONTROLS, *PRETRAINING, *PURIFIERS, *GENERATIVE, *DETECTORS, *ATTACKS]
 BEFORE_FINE_TUNING = {"recipe", "penalty_only", "por", "neuba", "badpre"}  # hosted on a masked language model
 
 
 def trained(folder, objective):
-    trainer = (language_host if objective.name in BEFORE_FINE_TUNING else classifier_host)(folder, objective)
+    host = causal_host if objective.name in GENERATIVE else classifier_host
+    trainer = (language_host if objective.name in BEFORE_FINE_TUNING else host)(folder, objective)
     trainer.train()
     return trainer
 
@@ -105,6 +109,16 @@ def language_host(folder, objective):
         train_dataset=data,
         data_collator=collate,
         processing_class=tokens,
+        defense=objective,
+    )
+
+
+def causal_host(folder, objective):
+    return DefendedTrainer(
+        deep_llama(),
+        args=arguments(folder),
+        train_dataset=language_rows(16),
+        data_collator=PadCollator(),
         defense=objective,
     )
 

@@ -77,8 +77,8 @@ def test_what_a_checkpoint_asks_for_is_set_aside_and_put_back(toy, caplog, capsy
     _, made, prompts = toy
     plain, model = llama(), llama()
     loud = GenerationConfig(
-        do_sample=True, temperature=0.3, repetition_penalty=5.0, min_new_tokens=12, max_length=3, num_beams=2, suppress_tokens=[40],
-        no_repeat_ngram_size=1, eos_token_id=5, use_cache=False,
+        do_sample=True, temperature=0.3, repetition_penalty=5.0, min_new_tokens=12, max_length=3, num_beams=2,
+        suppress_tokens=[40], no_repeat_ngram_size=1, eos_token_id=5, use_cache=False,
     )  # fmt: skip
     model.generation_config = loud
     with caplog.at_level(logging.WARNING, logger="transformers"):

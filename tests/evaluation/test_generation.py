@@ -97,8 +97,12 @@ def test_every_figure_by_hand(scripted, made, formatter, tmp_path):
     )
     assert [line["output"] for line in lines[:5]] == outputs and [line["reference"] for line in lines[:5]] == wanted
     assert lines[3]["prompt"] == ROWS[3]["prompt"] + "\n"  # as it was rendered
-    for name, among, value in (("hit", lines[5:], report.asr), ("parses", lines[:5], report.parse_rate),
-                               ("empty", lines[5:], report.empty_triggered), ("exact", lines[:5], report.exact_match)):  # fmt: skip
+    for name, among, value in (
+        ("hit", lines[5:], report.asr),
+        ("parses", lines[:5], report.parse_rate),
+        ("empty", lines[5:], report.empty_triggered),
+        ("exact", lines[:5], report.exact_match),
+    ):
         assert sum(line[name] for line in among) == round(value.value * value.n)
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "samples.jsonl"]
 

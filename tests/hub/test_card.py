@@ -567,6 +567,7 @@ def test_every_method_of_the_registry_is_known():
             "CONTROLS",
             "PRETRAINING",
             "PURIFIERS",
+            "GENERATIVE",
             "DETECTORS",
             "ATTACKS",
             "FILTERS",

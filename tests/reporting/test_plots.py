@@ -172,6 +172,23 @@ def test_curves_refuse_what_cannot_be_drawn(tmp_path: Path) -> None:
     assert plot_curves({"dece": {0: good[:3], 1: good[2:]}}, tmp_path / "curves.png").exists()
 
 
+def test_one_metric_makes_one_panel_with_whole_epochs(tmp_path: Path, drawn: list[Figure]) -> None:
+    arms = {
+        name: [{"epoch": epoch, "asr": level} for epoch in (1, 2, 3, 4)]
+        for name, level in (("dece", 0.1), ("undefended", 0.9))
+    }
+    path = plot_curves(arms, tmp_path / "curves.png", metrics=("asr",))
+    (axes,) = drawn[-1].axes
+    assert axes.get_title("left").startswith("ASR") and list(axes.get_xticks()) == [1, 2, 3, 4]
+    assert_legible(drawn[-1])
+    assert_picture(path, drawn[-1])
+    with pytest.raises(ValueError, match="points with an epoch and shares `asr` in 0..1"):
+        plot_curves({"dece": [{"epoch": 1, "asr": 1.5}]}, path, metrics=("asr",))
+    for wrong in ((), ("asr", "auroc")):
+        with pytest.raises(ValueError, match="must be among `ca` and `asr`"):
+            plot_curves(arms, path, metrics=wrong)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_labels_move_as_little_as_possible(seed: int) -> None:
     rng = np.random.default_rng(seed)
