@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-images test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning bench-recipe bench-recipe_step bench-purify bench-purifier_step bench-scaling bench-hub search-dece search-trajectory search-recipe search-purify model-cards model-cards-runs test-lowest clean
+.PHONY: help demo demo-images test lint format tables bench-trajectory bench-dece_classification bench-dece_loss bench-sft_step bench-filters bench-weight_poisoning bench-recipe bench-recipe_step bench-purify bench-purifier_step bench-scaling bench-hub bench-code bench-crow bench-crow_step code-lm search-code search-dece search-trajectory search-recipe search-purify model-cards model-cards-runs test-lowest clean
 
 help: ## this list
 	@grep -hE '^[a-z_%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_%-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-26s %s\n", $$1, $$2}'
@@ -77,6 +77,21 @@ bench-scaling: $(STAMP) ## samples per second with one process and with two, and
 
 bench-hub: $(STAMP) ## a push with evidence beside huggingface_hub's own upload, and a card; over loopback
 	$(BIN)/python -m benchmarks.hub
+
+code-lm: $(STAMP) ## a small language model of code, pre-trained on Python's standard library; half an hour, once; SIZE=small on a GPU
+	$(BIN)/python examples/pretrain_tiny_code_lm.py $(if $(SIZE),--size $(SIZE))
+
+bench-code: code-lm ## DeCE on poisoned text-to-code rows, beside its controls; ONLY=cell, EXTENDED=1
+	$(BIN)/python -m benchmarks.code_poisoning $(if $(ONLY),--only "$(ONLY)") $(if $(EXTENDED),--extended)
+
+bench-crow: code-lm ## CROW on backdoored instruction models, beside plain fine-tuning; ONLY=cell, EXTENDED=1
+	$(BIN)/python -m benchmarks.crow $(if $(ONLY),--only "$(ONLY)") $(if $(EXTENDED),--extended)
+
+bench-crow_step: $(STAMP) ## an update of CROW beside a plain one, full and LoRA
+	$(BIN)/python -m benchmarks.crow_step
+
+search-code: code-lm ## the rate of bench-code by clean rows, and where DeCE's trade-off lies; validation rows, a seed of its own; EXTENDED=1
+	$(BIN)/python -m benchmarks.code_search $(if $(EXTENDED),--extended)
 
 search-dece: $(STAMP) ## where DeCE helps in classification: every setting, on validation rows and seeds of its own
 	$(BIN)/python -m benchmarks.dece_search

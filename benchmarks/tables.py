@@ -3,7 +3,15 @@
 import sys
 from pathlib import Path
 
-from benchmarks import tables_filters, tables_hub, tables_purify, tables_recipe, tables_scaling
+from benchmarks import (
+    tables_crow,
+    tables_filters,
+    tables_generation,
+    tables_hub,
+    tables_purify,
+    tables_recipe,
+    tables_scaling,
+)
 from benchmarks.grid import RESULTS
 from benchmarks.tables_filters import grid, measured_at
 from hf_backdoor_defense.reporting.plots import plot_ca_asr
@@ -59,6 +67,13 @@ def blocks() -> dict[tuple[str, str], str]:
         ("docs/choosing.md", "purify"): tables_purify.full_tables(tables_purify.purify_records()),
         ("docs/choosing.md", "purifier_step"): tables_purify.step_table(),
         ("docs/log.md", "purify_search"): tables_purify.search_table(),
+        ("README.md", "code_poisoning"): tables_generation.short_table(tables_generation.code_records()),
+        ("docs/choosing.md", "code_poisoning"): tables_generation.full_tables(tables_generation.code_records()),
+        ("docs/choosing.md", "code_lm"): tables_generation.language_model(),
+        ("docs/log.md", "code_search"): tables_generation.search_table(),
+        ("README.md", "crow"): tables_crow.short_table(tables_crow.crow_records()),
+        ("docs/choosing.md", "crow"): tables_crow.full_tables(tables_crow.crow_records()),
+        ("docs/choosing.md", "crow_step"): tables_crow.step_table(),
         ("docs/publishing.md", "hub"): tables_hub.table(),
         ("docs/distributed.md", "scaling"): tables_scaling.table(tables_scaling.scaling_records()),
     }
@@ -263,6 +278,7 @@ def main(check: bool) -> int:
     if not check:
         plot_ca_asr(of_setting(read_records(RESULTS / "trajectory.jsonl"), "demo"), ROOT / "docs" / "trajectory.png")
         tables_recipe.plot(tables_recipe.recipe_records(), ROOT / "docs" / tables_recipe.PLOT)
+        tables_generation.plot(tables_generation.code_records(), ROOT / "docs" / tables_generation.PLOT)
     for entry in stale:
         print(f"{'stale' if check else 'rendered'}: {entry}")
     return 1 if check and stale else 0

@@ -103,18 +103,18 @@ def goals(records: list[Record]) -> str:
     """What the protocol asks for, on means over seeds that are not rounded; "" without the arms it takes."""
     said = []
     clean, attacked, control = (_of(records, arm) for arm in (CLEAN, POISONED, CONTROL))
-    floors = [("BLEU", _values(clean("bleu")), BLEU_FLOOR, 1), ("parses", _values(clean("parse_rate")), PARSE_FLOOR, 3)]
+    floors = [("BLEU", values(clean("bleu")), BLEU_FLOOR, 1), ("parses", values(clean("parse_rate")), PARSE_FLOOR, 3)]
     if parts := [judged(what, by, bound, at_least=True, digits=digits) for what, by, bound, digits in floors if by]:
         said.append(f"Clean reference: {', '.join(parts)}; its ASR, the floor: {mean(clean('asr'), 3)}.")
-    if before := _values(attacked("asr")):
+    if before := values(attacked("asr")):
         weak = "" if _mean(before) >= ATTACK - _ROUNDING else ": the attack is too weak to test a defense with"
         said.append(f"Undefended: {judged('ASR', before, ATTACK, at_least=True)}{weak}.")
     for arm, title in DECE.items():
         of = _of(records, arm)
-        after, lost = _values(of("asr")), _minus(_values(attacked("bleu")), _values(of("bleu")))
+        after, lost = values(of("asr")), minus(values(attacked("bleu")), values(of("bleu")))
         parts = [judged("ASR", after, DEFENDED)] if after else []
         parts += [judged("BLEU lost against undefended", lost, BLEU_LOST, digits=2)] if lost else []
-        if arm[0] == CONTROL[0] and (below := _minus(_values(control("asr")), after)):
+        if arm[0] == CONTROL[0] and (below := minus(values(control("asr")), after)):
             parts.append(f"ASR below matched decay's by {with_interval(below)}")
         said += [f"{title}: {', '.join(parts)}."] if parts else []
     return " ".join(said)
@@ -222,42 +222,51 @@ def _about(records: list[Record]) -> str:
     return f"{text}; an arm of fewer than three seeds is preliminary." if fewest < 3 else f"{text}."
 
 
-def judged(what: str, by_seed: dict[int, float], bound: float, *, at_least: bool = False, digits: int = 3) -> str:
-    """A mean beside its goal.
+def judged(what: str, figures: dict[int, float], bound: float, *, at_least: bool = False, digits: int = 3) -> str:
+    """The mean of figures by seed beside its goal.
 
     >>> judged("ASR", {0: 0.05, 1: 0.25}, 0.1)
     'ASR 0.150 (at most 0.1: missed)'
     """
-    value = _mean(by_seed)
+    value = _mean(figures)
     met = value >= bound - _ROUNDING if at_least else value <= bound + _ROUNDING
-    return f"{what} {_number(value, digits)} (at {'least' if at_least else 'most'} {bound:g}: {'met' if met else 'missed'})"
+    return (
+        f"{what} {number(value, digits)} (at {'least' if at_least else 'most'} {bound:g}: {'met' if met else 'missed'})"
+    )
 
 
-def with_interval(by_seed: dict[int, float], digits: int = 2) -> str:
-    """Mean of differences, their interval, and a word where it holds 0: then nothing is shown.
+def with_interval(differences: dict[int, float], digits: int = 2) -> str:
+    """The mean of differences by seed, their interval, and a word where it holds 0: then nothing is shown.
 
     >>> with_interval({0: 0.1, 1: -0.1})
     '0.00 [−1.27, 1.27], no difference shown'
     """
-    found = mean_over_seeds(list(by_seed.values()))
+    found = mean_over_seeds(list(differences.values()))
     if found.low is None or found.high is None:
-        return f"{_number(found.value, digits)} (one seed)"
-    text = f"{_number(found.value, digits)} [{_number(found.low, digits)}, {_number(found.high, digits)}]"
+        return f"{number(found.value, digits)} (one seed)"
+    text = f"{number(found.value, digits)} [{number(found.low, digits)}, {number(found.high, digits)}]"
     return text if found.low > 0 or found.high < 0 else f"{text}, no difference shown"
 
 
-def _values(records: list[Record]) -> dict[int, float]:
+def values(records: list[Record]) -> dict[int, float]:
+    """One figure by seed."""
     return {r.seed: r.value for r in records}
 
 
-def _minus(left: dict[int, float], right: dict[int, float]) -> dict[int, float]:
+def minus(left: dict[int, float], right: dict[int, float]) -> dict[int, float]:
+    """Differences of the seeds that both have.
+
+    >>> minus({0: 0.5, 1: 0.75}, {1: 0.5, 2: 0.1})
+    {1: 0.25}
+    """
     return {seed: left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())}
 
 
-def _mean(by_seed: dict[int, float]) -> float:
-    return sum(by_seed.values()) / len(by_seed)
+def _mean(figures: dict[int, float]) -> float:
+    return sum(figures.values()) / len(figures)
 
 
-def _number(value: float, digits: int) -> str:
+def number(value: float, digits: int) -> str:
+    """With a true minus, and never a negative zero."""
     rounded = round(value, digits)
     return f"{'−' if rounded < 0 else ''}{abs(rounded):.{digits}f}"
