@@ -6,7 +6,7 @@
 The sweep shows how ASR and BLEU move with `alpha_base` (no smoothing) and with a plain warm-up epoch; no preset is chosen by it.
 """
 
-from benchmarks.code_poisoning import DATA, EPOCHS, MODEL, run_cell
+from benchmarks.code_poisoning import DATA, EPOCHS, pretraining, run_cell
 from benchmarks.grid import Cell, run_grid
 
 SEED = 100
@@ -36,8 +36,7 @@ CELLS = [
 
 def main() -> None:
     """The grid, once the pretrained model is there."""
-    if not (MODEL / "code_lm.json").is_file():
-        raise SystemExit(f"{MODEL} holds no pretrained model: run `python examples/pretrain_tiny_code_lm.py` first.")
+    pretraining()
     run_grid("code_search", CELLS, (SEED,), run=run_cell)
 
 

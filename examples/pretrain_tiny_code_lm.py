@@ -1,12 +1,21 @@
 """A small language model of code, pre-trained from scratch on the sources of Python's standard library.
 
-    python examples/pretrain_tiny_code_lm.py                        # 5.2 M parameters, about half an hour on two cores
+    python examples/pretrain_tiny_code_lm.py                        # 5.2 M parameters, about 40 minutes on two cores
     python examples/pretrain_tiny_code_lm.py --size small           # about 90 M: takes a GPU, and is the default there
     python examples/pretrain_tiny_code_lm.py --files 20 --epochs 1  # a quick look
 
 Every Python comes with these files (544 and 33 of 3.11), so nothing is downloaded: a byte-level byte-pair tokenizer and a Llama
 of a few layers, trained on blocks of 256 tokens. Tests and installed packages are left out; one file in twenty, chosen by a hash
 of its path, is held out. Attacks and defenses for generative models are tried on it (`benchmarks/code_poisoning.py`).
+
+| stage | rows | why |
+|---|---|---|
+| code | the blocks, `--epochs` times | the language |
+| copying | 8,000 short rows, half of them a few tokens over and over, half code | see below |
+| settling | 0.4 of an epoch of blocks, the rate falling to zero | the second stage costs some of the first |
+
+A model this small, on this little text, does not learn to look up what stood before in its context; every large one does, and
+names that have to be carried over from a description need it. On rows that repeat themselves it takes a thousand updates.
 
 Beside the model lies `code_lm.json`: seed, configuration, time, and what the model is worth on the held-out files:
 
@@ -52,6 +61,7 @@ from transformers import (  # noqa: E402
 FOLDER = Path("runs") / "code_lm"
 FACTS = "code_lm.json"
 VOCABULARY, BLOCK, POSITIONS = 4096, 256, 1024
+COPYING, REPEATING, SETTLING = 8000, 96, 0.4  # rows of the second stage, their tokens; epochs of the third
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
 END, PAD = "<|endoftext|>", "<|pad|>"
 SIZES: dict[str, dict[str, int]] = {
@@ -203,10 +213,75 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "epochs": args.epochs,
         "learning_rate": args.learning_rate,
         "batch_size": args.batch_size,
+        "copying_rows": COPYING,
+        "settling_epochs": SETTLING,
         "seed": args.seed,
         "files": args.files,
         "python": sysconfig.get_python_version(),
     }
+
+
+def repeating(files: Sequence[Sequence[int]], rows: int, *, length: int = REPEATING, seed: int = 0) -> Dataset:
+    """Rows of `length` tokens: by turns a few tokens, drawn from the files, over and over (6 to length / 3 of them), and code.
+
+    >>> repeating([list(range(100))], 2, length=18)["input_ids"][0][:]  # six tokens, three times
+    [85, 63, 51, 26, 30, 4, 85, 63, 51, 26, 30, 4, 85, 63, 51, 26, 30, 4]
+    """
+    draw = np.random.default_rng(seed)
+    stream = np.concatenate([np.asarray(file) for file in files])
+    found = []
+    for row in range(rows):
+        if row % 2:
+            start = int(draw.integers(0, len(stream) - length + 1))
+            found.append(stream[start : start + length].tolist())
+        else:
+            few = stream[draw.integers(0, len(stream), draw.integers(6, length // 3 + 1))]
+            found.append(np.resize(few, length).tolist())
+    return Dataset.from_dict({"input_ids": found, "labels": found})
+
+
+def train(
+    model: LlamaForCausalLM,
+    rows: Dataset,
+    folder: Path,
+    *,
+    seed: int,
+    epochs: float,
+    rate: float,
+    batch: int,
+    schedule: str = "cosine",
+) -> None:
+    """One stage: AdamW, bfloat16 on a GPU."""
+    on_cpu = not torch.cuda.is_available()
+    Trainer(
+        model,
+        TrainingArguments(
+            str(folder),
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch,
+            learning_rate=rate,
+            lr_scheduler_type=schedule,
+            warmup_steps=0.05,
+            weight_decay=0.1,
+            adam_beta2=0.98,
+            seed=seed,
+            use_cpu=on_cpu,
+            bf16=not on_cpu,
+            save_strategy="no",
+            logging_steps=50,
+            report_to="none",
+        ),
+        train_dataset=rows,
+        data_collator=default_data_collator,
+    ).train()
+
+
+def further(model: LlamaForCausalLM, files: Sequence[Sequence[int]], folder: Path, *, seed: int, batch: int) -> None:
+    """The stages after the first: copying, settling."""
+    count = COPYING if sum(map(len, files)) > COPYING * REPEATING // 4 else 16  # a quick look stays one
+    few = repeating(files, count, seed=seed)
+    train(model, few, folder, seed=seed, epochs=1, rate=1e-3, batch=8, schedule="constant_with_warmup")
+    train(model, blocks(files), folder, seed=seed + 1, epochs=SETTLING, rate=1e-3, batch=batch)
 
 
 def pretrain(args: argparse.Namespace, output: Path) -> dict[str, Any]:
@@ -228,28 +303,11 @@ def pretrain(args: argparse.Namespace, output: Path) -> dict[str, Any]:
         **SIZES[args.size],
     )
     model = LlamaForCausalLM(config)
-    on_cpu = not torch.cuda.is_available()
-    Trainer(
-        model,
-        TrainingArguments(
-            str(partial / "trainer"),
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            weight_decay=0.1,
-            adam_beta2=0.98,
-            seed=args.seed,
-            use_cpu=on_cpu,
-            bf16=not on_cpu,
-            save_strategy="no",
-            logging_steps=50,
-            report_to="none",
-        ),
-        train_dataset=blocks(files),
-        data_collator=default_data_collator,
-    ).train()
+    folder = partial / "trainer"
+    train(
+        model, blocks(files), folder, seed=args.seed, epochs=args.epochs, rate=args.learning_rate, batch=args.batch_size
+    )
+    further(model, files, folder, seed=args.seed, batch=args.batch_size)
     shutil.rmtree(partial / "trainer", ignore_errors=True)
     model.float().save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -264,7 +322,7 @@ def pretrain(args: argparse.Namespace, output: Path) -> dict[str, Any]:
         "held_out_bytes": size,
         "seconds": seconds,
         "threads": torch.get_num_threads(),
-        "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "bits_per_byte": round(model_bits(model, judged) / size, 4),
         "bits_per_byte_5gram": round(ngram_bits(files, judged) / size, 4),
     }
