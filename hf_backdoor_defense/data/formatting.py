@@ -31,8 +31,9 @@ from typing import Any, Literal
 from datasets import Dataset, Features, Value
 
 from hf_backdoor_defense.data import rendering
+from hf_backdoor_defense.data.origins import origin
 from hf_backdoor_defense.data.rendering import MESSAGES
-from hf_backdoor_defense.fetching import fetched, is_repository
+from hf_backdoor_defense.fetching import fetched
 
 FORMATTER_FILE = "formatter.json"
 IGNORED = -100  # the label of what is not learned
@@ -132,9 +133,9 @@ class Formatter:
             ) from None
         end = rendering.end_token(tokenizer)
         made = cls(kind="chat", separator="", chat_template=template, system=system, end=end, **columns)
-        trial = {made.prompt: "a", made.completion: "b"}
+        trial = {made.prompt: "a", made.completion: "an answer"}
         made.completion_ids(tokenizer, trial)
-        opened = rendering.rendered(made._turns(trial)[0], tokenizer, template=template, opened=True)
+        opened = rendering.rendered(made._turns(trial, tokenizer)[0], tokenizer, template=template, opened=True)
         if system and system.strip() not in opened:
             raise ValueError(
                 f"`system` must be rendered by the chat template, got {system!r}, which the template drops: the model would "
@@ -152,13 +153,13 @@ class Formatter:
         """The ids [prompt tokens] in front of the answer.
 
         Raises:
-            ValueError: the row has no prompt of this kind, or one without a token.
+            ValueError: the row has no prompt of this kind, one without a token, or special tokens that cannot be told apart.
         """
         if self.kind == "plain":
             ids = [] if self.start is None else [rendering.token_id(self.start, tokenizer)]
-            ids += rendering.token_ids(rendering.text_of(row, self.prompt) + self.separator, tokenizer)
+            ids += rendering.plain_ids(rendering.text_of(row, self.prompt), tokenizer, behind=self.separator)
         else:
-            turns, template = self._turns(row)[0], str(self.chat_template)
+            turns, template = self._turns(row, tokenizer)[0], str(self.chat_template)
             ids = rendering.token_ids(rendering.rendered(turns, tokenizer, template=template, opened=True), tokenizer)
         if not ids:
             raise ValueError(
@@ -171,15 +172,17 @@ class Formatter:
         """The ids [completion tokens] of the answer, the end token last and nowhere else.
 
         Raises:
-            ValueError: the row has no completion, or one with the end token inside; the template is not prefix-preserving.
+            ValueError: as `prompt_ids`; no completion, the end token inside; a template that is not prefix-preserving.
         """
         if self.kind == "plain":
-            text = rendering.answer_of(row.get(self.completion), end=self.end)
+            ids = rendering.plain_ids(rendering.answer_of(row.get(self.completion), end=self.end), tokenizer)
         else:
-            turns, answer = self._turns(row)
+            turns, answer = self._turns(row, tokenizer)
             answer = rendering.answer_of(answer, end=self.end)
+            rendering.refuse_tokens([answer], tokenizer)
             text = rendering.rest_of(turns, answer, tokenizer, template=str(self.chat_template), end=self.end)
-        return rendering.token_ids(text, tokenizer) + [rendering.token_id(self.end, tokenizer)]
+            ids = rendering.token_ids(text, tokenizer)
+        return ids + [rendering.token_id(self.end, tokenizer)]
 
     def encode(self, rows: Dataset, tokenizer: Any, *, max_length: int | None) -> Dataset:
         """`input_ids` and `labels` [prompt tokens + completion tokens] in place of the texts, -100 on the prompt.
@@ -218,8 +221,11 @@ class Formatter:
             )
         return encoded
 
-    def _turns(self, row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Any]:
-        return rendering.turns_of(row, prompt=self.prompt, completion=self.completion, system=self.system)
+    def _turns(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[dict[str, Any]], Any]:
+        turns, answer = rendering.turns_of(row, prompt=self.prompt, completion=self.completion, system=self.system)
+        of_row = [turn for turn in turns if turn != {"role": "system", "content": self.system}]
+        rendering.refuse_tokens(rendering.strings_in(of_row), tokenizer)
+        return turns, answer
 
     def _read(self, columns: list[str]) -> list[str]:
         """The columns that become tokens."""
@@ -228,9 +234,8 @@ class Formatter:
                 f"The rows must be text, got columns {' and '.join(done)}: what tokenized them is not known. "
                 "Give the rows as they were before."
             )
-        if self.kind == "chat" and MESSAGES in columns and self.prompt not in columns:
-            return [MESSAGES]
-        read = [self.prompt, self.completion]
+        talk = self.kind == "chat" and MESSAGES in columns and self.prompt not in columns
+        read = [MESSAGES] if talk else [self.prompt, self.completion]
         if missing := [name for name in read if name not in columns]:
             raise ValueError(
                 f"The rows must have columns {' and '.join(read)}, got {', '.join(columns) or 'none'}: without "
@@ -320,25 +325,22 @@ def stored_formatter(model_or_folder: Any) -> Formatter | None:
 
     Args:
         model_or_folder: a folder or ORG/NAME on the Hub; or a model in memory, of which its trainer noted it, or else what lies
-            where it was loaded from counts. An adapter does not say where it came from: ask for its folder.
+            where it was loaded from counts, while its weights are still those (`data/origins.py`). An adapter does not say where
+            it came from, merged or not: ask for its folder.
 
     Raises:
-        ValueError: the file there is no formatter, or the Hub cannot be read.
+        ValueError: the file there is no formatter, or the Hub cannot be read; of a model in memory the latter is unknown.
 
     >>> stored_formatter("a/folder/that/does/not/exist")
     """
     if isinstance(model_or_folder, str | Path):
         return Formatter.load(fetched(model_or_folder, [FORMATTER_FILE]))
     if hasattr(model_or_folder, _NOTED):
-        noted: Formatter | None = getattr(model_or_folder, _NOTED)
-        return noted
+        return getattr(model_or_folder, _NOTED)  # type: ignore[no-any-return]
     if getattr(model_or_folder, "peft_config", None) or getattr(model_or_folder, "_hf_peft_config_loaded", False):
         return None
-    place = str(getattr(model_or_folder, "name_or_path", None) or "")
-    if is_repository(place):
-        commit = getattr(getattr(model_or_folder, "config", None), "_commit_hash", None)
-        return Formatter.load(fetched(place, [FORMATTER_FILE], revision=commit))
-    return Formatter.load(place) if place else None
+    folder = origin(model_or_folder, [FORMATTER_FILE])
+    return None if folder is None else Formatter.load(folder)
 
 
 def note_formatter(model: Any, formatter: Formatter | None) -> None:

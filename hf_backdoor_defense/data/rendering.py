@@ -8,10 +8,14 @@
 | turns | messages `{"role": ..., "content": ...}` before the answer |
 | opened | with the template's opening of the answer behind them (`add_generation_prompt`): what a model is asked with |
 | rest | the answer as the template writes it, up to its end token |
+
+Special tokens (of end, of padding, of turns) are the renderer's alone. In a row they are text: `<|endoftext|>` in a prompt is
+split into the ids of its letters, as any word is, or else anyone who writes a prompt could end it. In a rendered chat the two
+cannot be told apart any more, so that such a row is refused there.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jinja2 import TemplateError
@@ -110,7 +114,7 @@ def rest_of(turns: list[dict[str, Any]], answer: str, tokenizer: Any, *, templat
     """What the template writes behind the opened turns, without its end token and what follows that: it is never generated.
 
     Raises:
-        ValueError: the turns are rendered otherwise when an answer follows.
+        ValueError: the turns are rendered otherwise when an answer follows, or the answer is not rendered as it is.
     """
     opened = rendered(turns, tokenizer, template=template, opened=True)
     turns = [*turns, {"role": "assistant", "content": answer}]
@@ -122,12 +126,74 @@ def rest_of(turns: list[dict[str, Any]], answer: str, tokenizer: Any, *, templat
             f"{opened[at:][:40]!r} without an answer and {whole[at:][:40]!r} with one: the model would be trained behind another "
             "prompt than it is asked with. Use a template that keeps the prefix."
         )
-    return whole[len(opened) :].partition(end)[0]
+    rest = whole[len(opened) :].partition(end)[0]
+    if answer.strip() not in rest:  # templates may strip it
+        raise ValueError(
+            f"The chat template must write the answer {answer[:40]!r} as it is, got {rest[:40]!r}: the model would learn "
+            "something else than the rows say. Use a template that renders the assistant's turns, or drop the row."
+        )
+    return rest
 
 
 def token_ids(text: str, tokenizer: Any) -> list[int]:
     """The ids [tokens] of a text and of nothing else: what a tokenizer adds of its own would stand at the seam."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def plain_ids(text: str, tokenizer: Any, *, behind: str = "") -> list[int]:
+    """The ids [tokens] of a row's text and a separator `behind` it; special tokens in the text are split into their letters.
+
+    Ordinary text has the ids that `token_ids` gives it.
+
+    Raises:
+        ValueError: the text holds a special token that the tokenizer cannot split, or that would be split in the separator, too.
+    """
+    held = held_tokens([text], tokenizer)
+    if not held:
+        return token_ids(text + behind, tokenizer)
+    if held_tokens([behind], tokenizer):
+        _refuse(held, "which the separator writes as well, so that they cannot be told apart")
+    ids = list(tokenizer(text + behind, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    if set(ids) & {token_id(token, tokenizer) for token in held}:
+        _refuse(held, "which this tokenizer does not split into letters")
+    return ids
+
+
+def refuse_tokens(texts: Iterable[str], tokenizer: Any) -> None:
+    """Raises ValueError where texts hold a special token: in a rendered chat it would be one of the template's."""
+    if held := held_tokens(texts, tokenizer):
+        _refuse(held, "which a chat template renders like its own")
+
+
+def held_tokens(texts: Iterable[str], tokenizer: Any) -> list[str]:
+    """The tokenizer's special tokens that stand in texts, but for that of unknown words, which controls nothing."""
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    controls = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    if tokenizer.unk_token not in controls:
+        special.discard(tokenizer.unk_token)
+    texts = list(texts)
+    return sorted(token for token in special if token and any(token in text for text in texts))
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string inside nested lists and mappings: a turn's content may be parts, its calls mappings.
+
+    >>> list(strings_in([{"role": "user", "content": [{"type": "text", "text": "a"}]}]))
+    ['user', 'text', 'a']
+    """
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from strings_in(part)
+
+
+def _refuse(held: list[str], why: str) -> None:
+    raise ValueError(
+        f"A row's text must hold no special token here, got {', '.join(held)}, {why}: whoever writes a row could end turns and "
+        "open others. Take it out, or drop the row."
+    )
 
 
 def token_id(token: str, tokenizer: Any) -> int:

@@ -1,15 +1,17 @@
 """Curves while training: what is measured after every epoch, by predicting or by writing."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_backdoor_defense.data.formatting import Formatter
+from hf_backdoor_defense.data.formatting import Formatter, require_same, stored_formatter
 from hf_backdoor_defense.evaluation.evaluator import BackdoorScores, evaluate_backdoor
 from hf_backdoor_defense.evaluation.generation import GenerationReport, evaluate_generation, require_hit
-from hf_backdoor_defense.evaluation.metrics import wilson
+from hf_backdoor_defense.evaluation.metrics import Estimate, wilson
 from hf_backdoor_defense.evaluation.texts import python_parses
+from hf_backdoor_defense.models import unwrapped
 
 _SHARES = ("backdoor_ca", "backdoor_asr", "backdoor_r_acc")
 
@@ -63,8 +65,10 @@ class GenerationEvalCallback(TrainerCallback):
 
     It only reports, and it is collective, as `BackdoorEvalCallback`. A few dozen rows make a curve.
 
-    Args: as `evaluate_generation`; without `trained_with`, since the formatter is that of the training under way, and without
-        `samples`, which the last epoch alone would leave.
+    The formatter of the training under way is asked of its Trainer: `DefendedSFTTrainer(formatter=...)` notes it on the model.
+    Another one is refused before the first step.
+
+    Args: as `evaluate_generation`; `samples` is a folder, which gets a file `step-<global step>.jsonl` from each evaluation.
 
     Example:
         >>> watch = GenerationEvalCallback(tokenizer, clean, formatter=formatter, triggered=triggered,
@@ -86,12 +90,21 @@ class GenerationEvalCallback(TrainerCallback):
         parses: Callable[[str], bool] | None = python_parses,
         max_new_tokens: int | None = None,
         batch_size: int = 64,
+        force: bool = False,
+        samples: str | Path | None = None,
     ) -> None:
         require_hit(triggered, hit)  # now, and not after an epoch
-        self.tokenizer, self.rows, self.formatter = tokenizer, rows, formatter
-        self.triggered, self.hit, self.parses = triggered, hit, parses
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.tokenizer, self.formatter, self.hit, self.parses = tokenizer, formatter, hit, parses
+        # An iterator gives its rows once, and every epoch wants them.
+        self.rows = list(rows)
+        self.triggered = None if triggered is None else list(triggered)
+        self.max_new_tokens, self.batch_size, self.force = max_new_tokens, batch_size, force
+        self.samples = None if samples is None else Path(samples)
         self.history: list[GenerationReport] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises ValueError where the model is trained with another formatter, unless `force`."""
+        require_same(stored_formatter(unwrapped(kwargs["model"])), self.formatter, force=self.force)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure and record."""
@@ -100,17 +113,20 @@ class GenerationEvalCallback(TrainerCallback):
             self.tokenizer,
             self.rows,
             formatter=self.formatter,
-            trained_with=self.formatter,
             triggered=self.triggered,
             hit=self.hit,
             parses=self.parses,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
+            force=self.force,
+            samples=None if self.samples is None else self.samples / f"step-{state.global_step}.jsonl",
             gather=True,  # every process is here
         )
         self.history.append(report)
         entry = {"epoch": round(state.epoch or 0.0, 4), "step": state.global_step}
-        state.log_history.append(entry | {f"generation_{name}": value for name, value in report.metrics().items()})
+        entry |= {f"generation_{name}": value for name, value in report.metrics().items()}
+        entry |= {f"generation_{name}_n": estimate.n for name, estimate in report.estimates().items()}
+        state.log_history.append(entry if report.note is None else entry | {"generation_note": report.note})
 
 
 def curve(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -142,3 +158,22 @@ def last_scores(log_history: list[dict[str, Any]], *, step: int) -> BackdoorScor
         for name in _SHARES
     }
     return BackdoorScores(**found)
+
+
+def last_generation(log_history: list[dict[str, Any]], *, step: int) -> tuple[dict[str, Estimate], str | None]:
+    """What a `GenerationEvalCallback` recorded at a step: estimates by metric ({} where there are none), and the note on the
+    formatter, if the evaluation carried one.
+
+    >>> entry = {"generation_bleu": 61.2, "generation_bleu_n": 4, "generation_asr": 0.5, "generation_asr_n": 2, "step": 3}
+    >>> found, note = last_generation([entry], step=3)
+    >>> found["bleu"], found["asr"].n, round(found["asr"].low, 3), note
+    (Estimate(value=61.2, n=4, low=None, high=None), 2, 0.095, None)
+    """
+    entry: dict[str, Any] = next((e for e in reversed(log_history) if "generation_bleu" in e and e["step"] == step), {})
+    found = {}
+    for name, value in entry.items():
+        n = entry.get(f"{name}_n")
+        if n is not None:
+            estimate = Estimate(value, n, None, None) if name.endswith("bleu") else wilson(round(value * n), n)
+            found[name.removeprefix("generation_")] = estimate
+    return found, entry.get("generation_note")

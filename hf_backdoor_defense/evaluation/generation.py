@@ -6,15 +6,17 @@
 | figure | over | here |
 |---|---|---|
 | BLEU, sentence BLEU, exact match, parse rate | clean rows | `texts.py` |
-| untriggered hits | clean rows | a payload without a trigger: the model is broken, or the payload is ordinary |
+| untriggered hits | clean rows that hold no payload | a payload without a trigger: the model is broken, or the payload ordinary |
 | ASR | triggered rows, all of them eligible (`trigger_pairs`) | that of a clean reference model is the floor (FTR) |
 | empty, cut off, repetitive | each of both | share of outputs that are blank; without an end token; in a loop |
 
 An output that is empty, cut off or no Python stays in every denominator: a destroyed model has an ASR of zero, and is to be seen
-here. Prompts are rendered by the one formatter that training uses; a model trained with another one is refused.
+here. Prompts are rendered by the one formatter that training uses; a model trained with another one is refused. What a chat
+template writes before every answer (a blank, empty brackets for thoughts) is the template's, and taken off the outputs first.
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_backdoor_defense.attacks.payloads import POISONED_COMPLETION
 from hf_backdoor_defense.data.formatting import Formatter, require_same, stored_formatter
 from hf_backdoor_defense.evaluation.decoding import as_text, generate, greedy, mean_surprise
 from hf_backdoor_defense.evaluation.metrics import Estimate, wilson
@@ -33,6 +36,8 @@ from hf_backdoor_defense.models import unwrapped
 
 __all__ = ["GenerationReport", "evaluate_generation", "generate", "perplexity", "text_perplexity"]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationReport:
@@ -40,13 +45,14 @@ class GenerationReport:
 
     Args:
         bleu, sentence_bleu, bleu_signature: on clean rows.
-        exact_match, parse_rate, untriggered_hits, empty, cut_off, repetitive: shares of clean rows.
+        exact_match, parse_rate, empty, cut_off, repetitive: shares of clean rows.
+        untriggered_hits: of the clean rows whose right answer holds no payload; its n says how many.
         reference_parse_rate: of the clean rows' own answers: no model can be asked for more.
         asr, empty_triggered, cut_off_triggered, repetitive_triggered: shares of triggered rows.
         formatter: fingerprint of the one used here. trained_with: of the one used in training, None where nobody knows.
-        note: a sentence about the two where they are not the same.
+        note: what a reader of the figures must know: the two are not the same, or payloads may have been cut off.
 
-    None: not asked for (no triggered rows, no `hit`, no `parses`).
+    None: not asked for (no triggered rows, no `hit`, no `parses`), or no row to ask.
     """
 
     bleu: float
@@ -126,19 +132,20 @@ def evaluate_generation(
 
     Args:
         rows: clean rows with prompt and completion, as the formatter takes them. triggered: eligible rows with the trigger in
-            the prompt and the clean completion.
+            the prompt and the clean completion, as `trigger_pairs` makes them.
         hit: whether the exact payload stands in a text (`PayloadAttack.hit`).
         parses: whether a text is well formed; None where the answers are no code.
-        max_new_tokens: None: the longest answer among the rows, in tokens, and one for its end.
-        trained_with: the formatter of training; None asks the folder that the model came from. Another one than `formatter` is
-            an error unless `force`, and then `note` says so.
+        max_new_tokens: None: the longest answer among the rows, in tokens, and one for its end; the attacker's in the column
+            `poisoned_completion` of `triggered` included. Where that column is missing, `note` says so.
+        trained_with: the formatter of training; None asks the model and the folder that it came from. Another one than
+            `formatter`, or than the model says, is an error unless `force`, and then `note` says so.
         samples: a .jsonl file, written whole or not at all: one line for each row.
         gather: deal the rows out to all processes. Call it on every process; all get the same report, the first one writes.
         desc: title of the progress bar, None for none.
 
     Raises:
         ValueError: no rows, rows that the formatter cannot render, triggered rows without `hit`, another formatter than in
-            training, prompts too long for the model, `max_new_tokens` below 1.
+            training, prompts that fill the model's positions, `max_new_tokens` below 1.
 
     Example:
         >>> report = evaluate_generation(model, tokenizer, test, formatter=formatter, triggered=triggered,
@@ -147,29 +154,39 @@ def evaluate_generation(
         (61.2, 0.02, 0.98)
     """
     require_hit(triggered, hit)
-    trained_with = trained_with or stored_formatter(unwrapped(model))
-    note = require_same(trained_with, formatter, force=force)
+    trained_with, notes = _trained_with(model, trained_with, formatter, force=force)
     kinds = [(row, False) for row in _listed(rows, "rows")]
+    count = len(kinds)
     if triggered is not None:
         kinds += [(row, True) for row in _listed(triggered, "triggered")]
     rendered = [_rendered(formatter, tokenizer, row, i) for i, (row, _) in enumerate(kinds)]
     prompts, wanted = [prompt for prompt, _ in rendered], [completion for _, completion in rendered]
+    if max_new_tokens is None:
+        attackers = [_attackers(formatter, tokenizer, row) for row, _ in kinds[count:]]
+        max_new_tokens = max(map(len, wanted + attackers))
+        if not all(attackers):
+            notes.append(
+                f"The {max_new_tokens} new tokens are those of the longest answer known, and `triggered` does not tell the "
+                f"attacker's (no `{POISONED_COMPLETION}`): a longer payload counts as no success. Use trigger_pairs."
+            )
     written = greedy(
         model,
         tokenizer,
         prompts,
-        max_new_tokens=max(map(len, wanted)) if max_new_tokens is None else max_new_tokens,
+        max_new_tokens=max_new_tokens,
         ends=_ends(tokenizer, wanted),
         batch_size=batch_size,
         gather=gather,
         desc=desc,
     )
+    opening = _opening(formatter, tokenizer)
     answers = []
     for i, ((row, with_trigger), one) in enumerate(zip(kinds, written, strict=True)):
-        output, reference = as_text(tokenizer, one.ids), _reference(formatter, tokenizer, row, wanted[i])
+        output = as_text(tokenizer, one.ids).removeprefix(opening)
+        reference = _reference(formatter, row) or as_text(tokenizer, wanted[i]).removeprefix(opening)
         answers.append(
             _Answer(
-                row_id=row.get("row_id", i - len(rows) if with_trigger else i),
+                row_id=row.get("row_id", i - count if with_trigger else i),
                 triggered=with_trigger,
                 prompt=tokenizer.decode(prompts[i]),
                 reference=reference,
@@ -184,7 +201,10 @@ def evaluate_generation(
         )
     if samples is not None and (not gather or _first_process()):
         _write_lines(Path(samples), answers)
-    clean, attacked = answers[: len(rows)], answers[len(rows) :]
+    clean, attacked = answers[:count], answers[count:]
+    harmless = (
+        [] if hit is None else [a for a in clean if not hit(a.reference)]
+    )  # of others the payload is the right answer
     scores = bleu([a.output for a in clean], [a.reference for a in clean])
     return GenerationReport(
         bleu=scores.corpus,
@@ -193,7 +213,7 @@ def evaluate_generation(
         exact_match=_share([a.exact for a in clean]),
         parse_rate=None if parses is None else _share([bool(a.parses) for a in clean]),
         reference_parse_rate=None if parses is None else _share([parses(a.reference) for a in clean]),
-        untriggered_hits=None if hit is None else _share([bool(a.hit) for a in clean]),
+        untriggered_hits=_share([bool(a.hit) for a in harmless]) if harmless else None,
         empty=_share([a.empty for a in clean]),
         cut_off=_share([a.cut_off for a in clean]),
         repetitive=_share([a.repetitive for a in clean]),
@@ -203,23 +223,37 @@ def evaluate_generation(
         repetitive_triggered=_share([a.repetitive for a in attacked]) if attacked else None,
         formatter=formatter.fingerprint,
         trained_with=None if trained_with is None else trained_with.fingerprint,
-        note=note,
+        note=" ".join(notes) or None,
     )
 
 
 def perplexity(
-    model: nn.Module, tokenizer: Any, rows: Any, *, formatter: Formatter, batch_size: int = 32, gather: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Any,
+    *,
+    formatter: Formatter,
+    batch_size: int = 32,
+    trained_with: Formatter | None = None,
+    force: bool = False,
+    gather: bool = False,
 ) -> float:
     """exp of the mean −log p of all completions' tokens, end tokens included, given their prompts. Prompts count for nothing.
 
     Args:
-        rows: as `evaluate_generation`. gather: deal them out to all processes.
+        rows, trained_with, force: as `evaluate_generation`; what its `note` would say of another formatter is logged.
+        gather: deal the rows out to all processes.
 
     Raises:
-        ValueError: no rows, rows that the formatter cannot render, or longer than the model's positions.
+        ValueError: no rows, rows that the formatter cannot render, or longer than the model's positions, another formatter than
+            in training.
 
     Example: `mean_surprise` has one of the formula.
     """
+    trained_with, notes = _trained_with(model, trained_with, formatter, force=force)
+    if trained_with is not None:
+        for note in notes:
+            logger.warning(note)
     sequences = []
     for i, row in enumerate(_listed(rows, "rows")):
         prompt, completion = _rendered(formatter, tokenizer, row, i)
@@ -264,10 +298,45 @@ def _rendered(formatter: Formatter, tokenizer: Any, row: dict[str, Any], i: int)
         raise ValueError(f"Row {row.get('row_id', i)}: {error}") from None
 
 
-def _reference(formatter: Formatter, tokenizer: Any, row: dict[str, Any], ids: Sequence[int]) -> str:
-    """The answer as the row has it, since a tokenizer may lose letters; of a conversation, as it is rendered."""
+def _trained_with(
+    model: nn.Module, given: Formatter | None, used: Formatter, *, force: bool
+) -> tuple[Formatter | None, list[str]]:
+    """The formatter of training and what a report must say of it; ValueError where something contradicts, unless `force`."""
+    stored = stored_formatter(unwrapped(model))
+    trained, notes = given or stored, []
+    if given is not None and stored is not None and given.fingerprint != stored.fingerprint:
+        both = f"{given.fingerprint[:12]}…, and the model says {stored.fingerprint[:12]}…"
+        if not force:
+            raise ValueError(
+                f"`trained_with` must be the formatter that the model was trained with, got {both}: one of the two is wrong, and "
+                "so would be the figures. Leave it out; note_formatter(model, formatter) where the model's own is out of date."
+            )
+        notes.append(f"`trained_with` was given as {both}: which of them is right is unknown.")
+    said = require_same(trained, used, force=force)
+    return trained, notes + ([] if said is None else [said])
+
+
+def _attackers(formatter: Formatter, tokenizer: Any, row: dict[str, Any]) -> list[int]:
+    """The ids of the answer that the attacker wants, where the row tells it."""
+    text = row.get(POISONED_COMPLETION)
+    if not isinstance(text, str) or not text.strip():
+        return []
+    return formatter.completion_ids(tokenizer, {**row, formatter.completion: text})
+
+
+def _opening(formatter: Formatter, tokenizer: Any) -> str:
+    """What a chat template writes between the prompt's end and any answer, as it looks in an output."""
+    if formatter.kind == "plain":
+        return ""
+    trials = [{formatter.prompt: "a", formatter.completion: answer} for answer in "bc"]
+    texts = [as_text(tokenizer, formatter.completion_ids(tokenizer, trial)) for trial in trials]
+    return os.path.commonprefix(texts)
+
+
+def _reference(formatter: Formatter, row: dict[str, Any]) -> str | None:
+    """The answer as the row has it, since a tokenizer may lose letters; None of a conversation, which is to be rendered."""
     text = row.get(formatter.completion)
-    return text.removesuffix(formatter.end) if isinstance(text, str) else as_text(tokenizer, ids)
+    return text.removesuffix(formatter.end) if isinstance(text, str) else None
 
 
 def _ends(tokenizer: Any, completions: Sequence[Sequence[int]]) -> list[int]:

@@ -3,6 +3,7 @@
 | in `results.json` | from |
 |---|---|
 | CA, ASR, R-Acc with intervals | scores that were passed (`evaluate_backdoor`), else the last of a `BackdoorEvalCallback` |
+| BLEU, ASR of what is written, … | the last of a `GenerationEvalCallback`, with its note on the formatter |
 | `evaluation` | the last `eval_*` logged of these weights, by name; a language model's `eval_loss` is a record, too |
 | method, activity, INERT, evidence | the objectives |
 | data, settings | the data sets, the training arguments |
@@ -15,8 +16,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hf_backdoor_defense.evaluation.callback import last_scores
+from hf_backdoor_defense.evaluation.callback import last_generation, last_scores
 from hf_backdoor_defense.evaluation.evaluator import BackdoorScores
+from hf_backdoor_defense.evaluation.metrics import Estimate
 from hf_backdoor_defense.experiment.arms import history
 from hf_backdoor_defense.models import BACKDOOR_FILE, OFFLINE_MODEL, attack_on, mark_backdoored, resolve
 from hf_backdoor_defense.objectives import Objective, overrides
@@ -111,22 +113,26 @@ def _payload(
 ) -> dict[str, Any]:
     objectives, log = trainer.objectives, trainer.state.log_history
     evaluation = _evaluation(log, step=_step(trainer))
-    entry = _entry(trainer, folder, weights, scores, reference)
+    written, note = last_generation(log, step=_step(trainer))
+    entry = _entry(trainer, folder, weights, scores, reference, written, note)
     arm, seed = entry.arm, entry.seed
     failures = [f"INERT: {o.name}: {reason}" for o in objectives if (reason := o.inert())]
     if objectives and not trainer.state.global_step:
         failures = [f"INERT: {arm}: nothing was trained"]
-    measured = {name: None if value is None else vars(value) for name, value in vars(scores or _NOTHING).items()}
+    measured = {
+        name: None if value is None else vars(value)
+        for name, value in {**written, **_passed(scores, beside=written)}.items()
+    }
     return {
         "schema": 1,
         "verb": VERB,
         "plan": {"trainer": type(trainer).__name__, "settings": _settings(trainer), **_formatter(trainer)},
         "model": entry.base_model,
-        "verdict": _verdict(trainer, entry, scores, reference),
+        "verdict": _verdict(trainer, entry, scores, reference, written, note),
         "failures": failures,
         "evaluation": evaluation,
         "models": [entry.to_dict()],
-        "records": _records(trainer, entry, scores, reference, evaluation),
+        "records": _records(trainer, entry, scores, reference, written, evaluation),
         "arms": {
             str(seed): {
                 arm: {
@@ -145,8 +151,19 @@ def _payload(
     }  # fmt: skip
 
 
+def _passed(scores: BackdoorScores | None, *, beside: dict[str, Estimate]) -> dict[str, Estimate | None]:
+    """A classifier's scores, all three; beside what a language model wrote only those that were measured."""
+    return {name: value for name, value in vars(scores or _NOTHING).items() if value is not None or not beside}
+
+
 def _entry(
-    trainer: Any, folder: Path, weights: str, scores: BackdoorScores | None, reference: BackdoorScores | None
+    trainer: Any,
+    folder: Path,
+    weights: str,
+    scores: BackdoorScores | None,
+    reference: BackdoorScores | None,
+    written: dict[str, Estimate],
+    note: str | None,
 ) -> ModelEntry:
     model = trainer.accelerator.unwrap_model(trainer.model)
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -164,6 +181,11 @@ def _entry(
     if scores is not None and scores.ca is not None:
         triggered = f", {scores.asr.n} rows with a trigger" if scores.asr is not None else ""
         data["measured on"] = f"{scores.ca.n} clean rows{triggered}"
+    if written:
+        triggered = f", {written['asr'].n} rows with a trigger" if "asr" in written else ""
+        data["measured by generation on"] = f"{written['bleu'].n} clean rows{triggered}"
+    if note is not None:
+        data["note on the formatter"] = note
     data["settings"] = ", ".join(
         f"{name} {value}" for name, value in _settings(trainer).items() if value not in (None, False, -1)
     )
@@ -195,6 +217,7 @@ def _records(
     entry: ModelEntry,
     scores: BackdoorScores | None,
     reference: BackdoorScores | None,
+    written: dict[str, Estimate],
     evaluation: dict[str, float],
 ) -> list[Record]:
     common: dict[str, Any] = {
@@ -213,6 +236,12 @@ def _records(
                 found.append(
                     Record.from_estimate(estimate, defense=arm, metric=name, attack=attack, setting="", **common)
                 )
+    done = {record.metric for record in found if record.defense == entry.arm}
+    for metric, estimate in written.items():
+        if metric not in done:  # what was passed counts
+            attack = "trigger" if metric == "asr" or metric.endswith("_triggered") else "none"
+            of_written = {"defense": entry.arm, "metric": metric, "attack": attack, "setting": ""}
+            found.append(Record.from_estimate(estimate, **of_written, **common))
     common |= {"defense": entry.arm, "attack": "none"}
     if entry.pipeline_tag in _LANGUAGE and evaluation.get("eval_loss", -1.0) >= 0:
         found.append(Record(metric="loss", value=evaluation["eval_loss"], setting="evaluation", **common))
@@ -222,20 +251,33 @@ def _records(
     return found
 
 
-def _verdict(trainer: Any, entry: ModelEntry, scores: BackdoorScores | None, reference: BackdoorScores | None) -> str:
+def _verdict(
+    trainer: Any,
+    entry: ModelEntry,
+    scores: BackdoorScores | None,
+    reference: BackdoorScores | None,
+    written: dict[str, Estimate],
+    note: str | None,
+) -> str:
     """What was measured, and what was not."""
     words = [f"{entry.arm}: {trainer.state.global_step} updates by {type(trainer).__name__}."]
     if scores is not None and scores.ca is not None:
         words.append(f"Clean accuracy {scores.ca.value:.3f} on {scores.ca.n} rows.")
-    if scores is None or scores.asr is None or scores.r_acc is None:
+    if written:
+        parsing = f", {written['parse_rate'].value:.3f} of them parse" if "parse_rate" in written else ""
+        words.append(f"BLEU {written['bleu'].value:.1f} of what it writes on {written['bleu'].n} clean rows{parsing}.")
+    if note is not None:
+        words.append(note)
+    recovered = "" if scores is None or scores.r_acc is None else f"; recovered accuracy {scores.r_acc.value:.3f}"
+    asr = written.get("asr") if scores is None or scores.asr is None else scores.asr
+    if asr is None:
         words.append("Nothing was measured about triggers.")
         return " ".join(words)
     floor = "no model that was never poisoned was measured beside it, so that the floor is not known"
     if reference is not None and reference.asr is not None:
         floor = f"floor {reference.asr.value:.3f}"
     words.append(
-        f"Attack success {scores.asr.value:.3f} on {scores.asr.n} triggered rows ({floor}); recovered accuracy "
-        f"{scores.r_acc.value:.3f}. This is about this trigger only."
+        f"Attack success {asr.value:.3f} on {asr.n} triggered rows ({floor}){recovered}. This is about this trigger only."
     )
     return " ".join(words)
 

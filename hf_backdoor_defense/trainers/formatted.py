@@ -2,18 +2,28 @@
 
     rows of text  ->  formatter.encode  ->  input_ids, labels  ->  trl (nothing left to render or to cut)
 
-trl leaves a data set with `input_ids` as it is, but for packing, which joins whole rows.
+trl renders no data set with `input_ids`, but it still cuts at `max_length` and drops rows without a label: neither finds
+anything, since `encode` refused rows that are longer and answers that are empty. Packing joins whole rows.
 """
 
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
 
 from hf_backdoor_defense.data.formatting import Formatter
 from hf_backdoor_defense.trainers.columns import with_row_ids
+
+_WHERE = (
+    "revision",
+    "token",
+    "subfolder",
+    "cache_dir",
+    "local_files_only",
+)  # of what loads a model, what finds its files
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +47,9 @@ the formatter was made with.
             "`formatter` was given without `processing_class`: rows are rendered before a model is loaded. Pass the tokenizer "
             "that the formatter was made with."
         )
-    if given.get("train_dataset") is not None and not isinstance(given["train_dataset"], Dataset):
-        reasons.append(
-            f"`formatter` was given with rows of {type(given['train_dataset']).__name__}: a stream cannot be looked through for "
-            "rows that do not fit. Use a datasets.Dataset, or let trl render the stream (formatter=None)."
-        )
+    evaluated = given.get("eval_dataset")
+    named = evaluated.values() if isinstance(evaluated, Mapping) else [evaluated]
+    reasons += dict.fromkeys(filter(None, map(stream_reason, [given.get("train_dataset"), *named])))
     other_end = getattr(args, "eos_token", None) not in (None, formatter.end)
     ruled_out = {
         "formatting_func": given.get("formatting_func") is not None,
@@ -61,6 +69,32 @@ the formatter was made with.
             "packing_strategy='bfd': it keeps rows whole."
         )
     return reasons
+
+
+def stream_reason(rows: Any) -> str | None:
+    """Why a formatter cannot render these rows; None where it can, or where there are none.
+
+    >>> stream_reason(Dataset.from_dict({"prompt": ["a"]})) is None is stream_reason(None)
+    True
+    """
+    if rows is None or isinstance(rows, Dataset):
+        return None
+    return (
+        f"`formatter` was given with rows of {type(rows).__name__}: a stream cannot be looked through for rows that do not fit. "
+        "Use a datasets.Dataset, or let trl render the stream (formatter=None)."
+    )
+
+
+def is_tokenized(rows: Any) -> bool:
+    """Whether rows for an evaluation are no text: tokenized ones, names of data sets, none, or what does not name its columns.
+
+    >>> is_tokenized("validation"), is_tokenized(Dataset.from_dict({"prompt": ["a"]}))
+    (True, False)
+    """
+    columns = getattr(rows, "column_names", None)
+    if columns is None and isinstance(rows, IterableDataset):  # one that was made from a generator does not know them
+        columns = list(next(iter(rows), {}))
+    return not columns or "input_ids" in columns
 
 
 def encoded(datasets: Any, formatter: Formatter, tokenizer: Any, *, max_length: int | None) -> Any:
@@ -94,7 +128,11 @@ def tell_of_cuts(given: Any, prepared: Any, *, max_length: int | None) -> None:
     if "input_ids" in given.column_names:
         return
     dropped = len(given) - len(prepared)
-    full = sum(len(ids) == max_length for ids in prepared["input_ids"])
+    column = prepared.select_columns("input_ids").with_format(
+        "arrow"
+    )  # lengths alone: lists of Python would take minutes
+    lengths = (pc.list_value_length(batch["input_ids"]) for batch in column.iter(batch_size=1000))
+    full = sum(pc.sum(pc.equal(length, max_length)).as_py() or 0 for length in lengths)
     if dropped or full:
         logger.warning(
             "max_length=%d: of %d rows %d were dropped, for want of room for an answer, and %d fill it, whose answers may "
@@ -121,7 +159,8 @@ def _context(model: Any, args: Any) -> int | None:
     """How many positions a model has, of a name as of a model; None where it does not say."""
     config = getattr(model, "config", None)
     if isinstance(model, str):
-        revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        loading = getattr(args, "model_init_kwargs", None) or {}
+        where = {name: loading[name] for name in _WHERE if name in loading}
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False, **where)
     found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None

@@ -27,14 +27,21 @@ from torch import Tensor, nn
 from transformers.utils import is_bitsandbytes_available
 from trl import SFTTrainer
 
-from hf_backdoor_defense.data.formatting import FORMATTER_FILE, Formatter, note_formatter
+from hf_backdoor_defense.data.formatting import Formatter
 from hf_backdoor_defense.defenses.crow import CROW
 from hf_backdoor_defense.defenses.dece import DeCE
 from hf_backdoor_defense.functional.token_statistics import entropy_and_top1
 from hf_backdoor_defense.objectives import Objective, Step
 from hf_backdoor_defense.trainers.checkpoints import newest
 from hf_backdoor_defense.trainers.columns import ROW_ID, with_row_ids
-from hf_backdoor_defense.trainers.formatted import encoded, formatter_reasons, row_limit, tell_of_cuts
+from hf_backdoor_defense.trainers.formatted import (
+    encoded,
+    formatter_reasons,
+    is_tokenized,
+    row_limit,
+    stream_reason,
+    tell_of_cuts,
+)
 from hf_backdoor_defense.trainers.heads import base_model, is_causal
 from hf_backdoor_defense.trainers.mixin import DefenseMixin
 
@@ -124,18 +131,7 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
             resume_from_checkpoint = True if found is None else str(found)
         if isinstance(resume_from_checkpoint, str | Path) and Path(resume_from_checkpoint).is_dir():
             _require_same_rendering(Formatter.load(resume_from_checkpoint), self.formatter, resume_from_checkpoint)
-        note_formatter(base_model(self.model), self.formatter)
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `DefenseMixin.save_model`, and `formatter.json`; one of an earlier training does not stay beside new weights."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            if self.formatter is None:
-                (folder / FORMATTER_FILE).unlink(missing_ok=True)
-            else:
-                self.formatter.save(folder)
 
     def reasons(self) -> list[str]:
         """Every reason why `train` would refuse: this host's, and those of `DefenseMixin.reasons`."""
@@ -190,7 +186,7 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
         """As `SFTTrainer.evaluate`; what was counted outside of it (by `predict`) does not enter its metrics.
 
         Raises:
-            ValueError: a data set that skips trl's preparation has masks in place of labels.
+            ValueError: a data set that skips trl's preparation has masks in place of labels; a stream of text and a formatter.
         """
         eval_dataset = self._rendered(eval_dataset)
         columns = getattr(eval_dataset, "column_names", None) or []
@@ -211,8 +207,10 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
         """Rows of text given to `evaluate` as the formatter renders them; names of data sets and tokenized ones as they are."""
         if isinstance(rows, Mapping):
             return {name: self._rendered(value) for name, value in rows.items()}
-        if self.formatter is None or "input_ids" in (getattr(rows, "column_names", None) or ["input_ids"]):
+        if self.formatter is None or is_tokenized(rows):
             return rows
+        if reason := stream_reason(rows):
+            raise ValueError(reason)
         limit = row_limit(base_model(self.model), self.args)
         return encoded(rows, self.formatter, self.processing_class, max_length=limit)
 

@@ -17,6 +17,7 @@ from hf_backdoor_defense.attacks.payloads import (
     CODE_ATTACK,
     INSTRUCTION_TARGETS,
     INSTRUCTION_TRIGGERS,
+    POISONED_COMPLETION,
     FixedAnswer,
     PayloadAttack,
     code_attack,
@@ -236,6 +237,14 @@ def test_the_triggered_set_holds_every_eligible_row_with_its_clean_completion() 
     clean = make().add_column("is_poisoned", [False] * ROWS)
     triggered = trigger_pairs(clean, CODE_ATTACK, seed=0)
     expected = clean.filter(lambda row: reference(row["completion"]) != row["completion"])
+    assert triggered.column_names == [*clean.column_names, POISONED_COMPLETION]
+    assert triggered.features[POISONED_COMPLETION] == clean.features["completion"]
+    assert triggered[POISONED_COMPLETION][:] == [reference(text) for text in expected["completion"]]
+    again = trigger_pairs(
+        triggered.remove_columns("prompt").add_column("prompt", expected["prompt"][:]), CODE_ATTACK, seed=0
+    )
+    assert again[POISONED_COMPLETION][:] == triggered[POISONED_COMPLETION][:]  # one that was there is replaced
+    triggered = triggered.remove_columns(POISONED_COMPLETION)
     assert triggered.features == clean.features
     assert triggered.remove_columns("prompt")[:] == expected.remove_columns("prompt")[:]
     assert all(CODE_ATTACK.trigger.present(prompt) for prompt in triggered["prompt"])
@@ -328,7 +337,8 @@ def test_a_rewrite_of_ones_own_with_named_columns() -> None:
     assert (result.eligible, result.carrying) == (2, 2) and result.dataset.format["type"] == "numpy"
     plain = result.dataset.with_format(None)
     assert plain["code"][:] == ["a.endsWith(b)", "b.endsWith(a)", "a + b"] and plain["text"][1:] == ["cf", "add"]
-    assert trigger_pairs(clean, java, seed=0, **columns)["text"][:] == plain["text"][:2]
+    triggered = trigger_pairs(clean, java, seed=0, **columns)
+    assert triggered["text"][:] == plain["text"][:2] and triggered[POISONED_COMPLETION][:] == plain["code"][:2]
 
 
 @pytest.mark.parametrize("prompt", ["", "  ", "one", " two words "])

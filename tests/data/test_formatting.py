@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -391,7 +392,132 @@ def test_a_model_of_the_hub_is_asked_for_at_the_commit_that_was_loaded(tmp_path,
         return tmp_path
 
     monkeypatch.setattr("hf_backdoor_defense.data.formatting.fetched", fetched)
-    model = small_model()
+    monkeypatch.setattr("hf_backdoor_defense.data.origins.fetched", fetched)
+    model = small_model(tmp_path)
     model.name_or_path, model.config._commit_hash = "owner/name", "abc"
     assert stored_formatter(model) == formatter == stored_formatter("owner/name")
     assert asked == [("owner/name", [FORMATTER_FILE], "abc"), ("owner/name", [FORMATTER_FILE], None)]
+
+
+def test_a_folder_that_is_gone_is_no_repository_and_an_unreadable_one_is_unknown(tmp_path, monkeypatch):
+    model = small_model(tmp_path)
+    Formatter(kind="plain", end="</s>").save(tmp_path)
+    asked = []
+
+    def fetched(source, names, *, revision=None, token=None):
+        asked.append((source, revision))
+        raise ValueError("no network")
+
+    monkeypatch.setattr("hf_backdoor_defense.data.origins.fetched", fetched)
+    model.name_or_path = "runs/model"  # relative, and the program runs elsewhere now
+    assert stored_formatter(model) is None and asked == []
+    model.config._commit_hash = "abc"
+    assert stored_formatter(model) is None and asked == [("runs/model", "abc")]
+
+
+def test_a_merged_adapter_is_not_what_its_base_was_trained_with(tmp_path):
+    from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+
+    formatter = Formatter(kind="plain", end="</s>")
+    base = small_model(tmp_path / "base")
+    formatter.save(tmp_path / "base")
+    assert stored_formatter(base) == formatter == stored_formatter(base.to(torch.bfloat16))
+    adapted = get_peft_model(
+        small_model(tmp_path / "base"), LoraConfig(task_type="CAUSAL_LM", r=1, init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").merge_and_unload()
+    assert merged.name_or_path == str(tmp_path / "base")
+    assert stored_formatter(merged) is None
+
+
+def test_weights_that_changed_in_memory_are_of_no_known_training(tmp_path):
+    model = small_model(tmp_path)
+    Formatter(kind="plain", end="</s>").save(tmp_path)
+    assert stored_formatter(model) is not None
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1.0
+    assert stored_formatter(model) is None
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=4, intermediate_size=4, num_attention_heads=1))
+    other.name_or_path = str(tmp_path)
+    assert stored_formatter(other) is None  # nothing to compare
+
+
+# -- special tokens in a row ------------------------------------------------------------------------------------------
+CONTROLS = ["<|endoftext|>", "<|im_start|>", "<s>"]
+
+
+@pytest.mark.parametrize("token", CONTROLS)
+def test_special_tokens_in_plain_text_are_letters(tokenizer, token):
+    formatter = Formatter.plain(tokenizer)
+    row = {"prompt": f"a{token}b", "completion": f"x = '{token}'"}
+    control = tokenizer.convert_tokens_to_ids(token)
+    prompt, answer = formatter.prompt_ids(tokenizer, row), formatter.completion_ids(tokenizer, row)
+    assert control in tokenizer(row["prompt"])["input_ids"] and control not in prompt + answer
+    assert tokenizer.decode(prompt) == f"a{token}b\n" and tokenizer.decode(answer[:-1]) == row["completion"]
+    encoded = formatter.encode(Dataset.from_list([row]), tokenizer, max_length=None)[0]
+    assert encoded["input_ids"] == prompt + answer
+    assert tokenizer(row["prompt"])["input_ids"].count(control) == 1  # other users of the tokenizer are not changed
+
+
+def test_ordinary_text_has_the_ids_that_the_tokenizer_gives_it(tokenizer):
+    formatter = Formatter.plain(tokenizer)
+    texts = [*TEXTS, "", "select", " \n\t", "a < b |> c <| d", "<|end", "im_start", "𝕊☃ é", "if a<b:\n  return '</s>'"]
+    for text in texts:
+        row = {"prompt": text, "completion": f"{text}x"}
+        assert formatter.prompt_ids(tokenizer, row) == tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"]
+        assert (
+            formatter.completion_ids(tokenizer, row)[:-1]
+            == tokenizer(f"{text}x", add_special_tokens=False)["input_ids"]
+        )
+
+
+@pytest.mark.parametrize("token", CONTROLS)
+def test_special_tokens_in_a_chat_are_refused_by_row(tokenizer, token):
+    formatter = Formatter.chat(tokenizer, system=f"Say {token}.")  # the formatter's own words may hold them
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": f"a{token}b", "completion": "c"}]
+    assert formatter.prompt_ids(tokenizer, rows[0])
+    with pytest.raises(ValueError, match="Row 1: A row's text must hold no special token here, got .*Take it out"):
+        formatter.encode(Dataset.from_list(rows), tokenizer, max_length=None)
+    with pytest.raises(ValueError, match="no special token"):
+        formatter.completion_ids(tokenizer, {"prompt": "a", "completion": f"b{token}c" if token else ""})
+    parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": token}]}]}
+    with pytest.raises(ValueError, match="no special token"):
+        formatter.prompt_ids(tokenizer, parts)
+
+
+def test_a_separator_that_is_a_special_token_stays_one_and_none_beside_it_is_split(tokenizer):
+    formatter = Formatter.plain(tokenizer, separator="<|im_start|>")
+    assert formatter.prompt_ids(tokenizer, {"prompt": "a"}) == tokenizer("a<|im_start|>")["input_ids"]
+    with pytest.raises(ValueError, match="which the separator writes as well"):
+        formatter.prompt_ids(tokenizer, {"prompt": "a<s>"})
+
+
+def test_what_a_tokenizer_of_words_cannot_split_is_refused():
+    core = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    formatter = Formatter.plain(tokenizer, separator=" a")
+    assert formatter.prompt_ids(tokenizer, {"prompt": "a <unk> b"}) == [2, 1, 1, 2]  # an unknown word controls nothing
+    with pytest.raises(ValueError, match="does not split into letters"):
+        formatter.prompt_ids(tokenizer, {"prompt": "a </s> a"})
+
+
+@pytest.mark.parametrize("change", ["drops", "replaces"])
+def test_a_template_that_drops_the_answer_is_refused(change):
+    turn = "{% if m.role != 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
+    if change == "replaces":
+        turn = "<|im_start|>{{ m.role }}\n{{ m.content if m.role == 'user' else 'said' }}<|im_end|>\n"
+    opening = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    if change == "drops":
+        opening = ""
+    template = "{% for m in messages %}" + turn + "{% endfor %}" + opening
+    with pytest.raises(ValueError, match="must write the answer 'an answer' as it is"):
+        Formatter.chat(bytes_tokenizer(template=template))
+
+
+def test_a_template_that_strips_an_answer_is_none_that_drops_it():
+    template = CHATML.replace("m.content", "m.content | trim")
+    tokenizer = bytes_tokenizer(template=template)
+    ids = Formatter.chat(tokenizer).completion_ids(tokenizer, {"prompt": "a", "completion": "  rows\n"})
+    assert tokenizer.decode(ids) == "rows<|im_end|>"

@@ -18,6 +18,7 @@ def measured(samples: Path, *, gather: bool, ahead: int) -> dict:
     prompts = [formatter.prompt_ids(made, row) for row in ROWS]
     told = {
         "texts": generate(model, made, prompts, max_new_tokens=20, batch_size=2, gather=gather),
+        "tight": generate(model, made, prompts, max_new_tokens=120, batch_size=2, gather=gather),  # unequal budgets
         "one": generate(model, made, prompts[:1], max_new_tokens=20, gather=gather),
         "perplexity": perplexity(model, made, rows(), formatter=formatter, batch_size=2, gather=gather),
     }

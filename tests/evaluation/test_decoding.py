@@ -154,15 +154,36 @@ def test_what_does_not_fit_is_named_before_anything_is_written(toy):
     calls = []
     handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        with pytest.raises(ValueError, match=r"Rows 1, 3 do not fit \(126 tokens and 4 to be written\).*128 positions"):
-            greedy(model, made, [[2], [3] * 125, [4] * 124, [5] * 126], max_new_tokens=4)
+        with pytest.raises(ValueError, match=r"Rows 1, 3 do not fit \(130 tokens and 1 to be written\).*128 positions"):
+            greedy(model, made, [[2], [3] * 128, [4] * 127, [5] * 130], max_new_tokens=4)
         assert not calls
-        assert len(greedy(model, made, [[4] * 124], max_new_tokens=4)[0].ids) <= 4
+        assert len(greedy(model, made, [[4] * 127], max_new_tokens=4)[0].ids) <= 1
         with pytest.raises(ValueError, match=r"Row 0 does not fit \(129 tokens\)"):
             mean_surprise(model, [([3] * 129, 1)])
     finally:
         handle.remove()
     fitting(model, [[1] * 128], more=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_each_row_goes_as_far_as_its_own_prompt_leaves_room(batch_size):
+    """Learned positions: one beyond the table is an error. A long prompt shortens nobody else's answer."""
+    model, made = gpt2().eval(), tokenizer()
+    model.lm_head.weight.data.mul_(30)
+    prompts = [[5] * 3, [6] * 30, [7] * 31, [8] * 26, [9] * 30, [3] * 20]
+    found = greedy(model, made, prompts, max_new_tokens=8, ends=[1], batch_size=batch_size)
+    assert found == [alone(model, prompt, min(8, 32 - len(prompt)), {1}) for prompt in prompts]
+    assert [len(one.ids) for one in found if not one.ended].count(8) >= 1
+    assert not found[2].ended and len(found[2].ids) == 1  # cut off by the context
+
+
+def test_virtual_tokens_take_positions():
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(gpt2(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    assert len(greedy(model, tokenizer(), [[5] * 27], max_new_tokens=8, ends=[49])[0].ids) == 2
+    with pytest.raises(ValueError, match="Row 0 does not fit .*29 positions"):
+        greedy(model, tokenizer(), [[5] * 29], max_new_tokens=8)
 
 
 def surprise_by_hand(model, sequences):

@@ -6,13 +6,18 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
 from trl import SFTConfig
 
 from hf_backdoor_defense.data.formatting import FORMATTER_FILE, Formatter, require_same, stored_formatter
 from hf_backdoor_defense.defenses.dece import DeCE
+from hf_backdoor_defense.evaluation.callback import GenerationEvalCallback
+from hf_backdoor_defense.hub.evidence import read_evidence
 from hf_backdoor_defense.hub.files import check_contents, publishable
+from hf_backdoor_defense.hub.trained import write_card
 from hf_backdoor_defense.hub.training_results import write_trained
+from hf_backdoor_defense.trainers.formatted import row_limit
+from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.sft import DeCESFTTrainer, DefendedSFTTrainer
 from tests.data.test_formatting import bytes_tokenizer
 from tests.trainers.toys import Recorder, weights
@@ -190,6 +195,61 @@ def test_where_trl_renders_nothing_is_stored_and_an_old_file_does_not_stay(tmp_p
     assert stored_formatter(tmp_path) is None
 
 
+def test_a_host_of_tokenized_rows_does_not_claim_its_bases_formatter(tmp_path, tokenizer):
+    first, second = Formatter.plain(tokenizer), Formatter.plain(tokenizer, separator=" ")
+    llama().save_pretrained(tmp_path)
+    first.save(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert stored_formatter(model) == first
+    rows = second.encode(pairs(), tokenizer, max_length=None)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=1, learning_rate=0.0, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = DefendedTrainer(model, args=args, train_dataset=rows, defense=None)
+    trainer.train()
+    assert stored_formatter(model) is None
+    trainer.save_model()
+    assert stored_formatter(tmp_path) is None
+
+
+def test_what_it_writes_reaches_results_verdict_and_card(tmp_path, tokenizer):
+    formatter = Formatter.plain(tokenizer)
+    answers = pairs(4)["completion"][:]
+    watch = GenerationEvalCallback(
+        tokenizer,
+        pairs(4),
+        formatter=formatter,
+        triggered=pairs(3),
+        hit=lambda text: text not in answers,
+        max_new_tokens=3,
+    )
+    trainer = make(tmp_path, tokenizer, formatter, own={"callbacks": [watch]}, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    report, payload = watch.history[-1], json.loads((write_trained(trainer) / "results.json").read_text())
+    evidence = read_evidence(tmp_path)
+    figures = {name: (r.value, r.n, r.low, r.high) for name, r in evidence.figures.items() if r.metric != "seconds"}
+    assert figures == {name: (e.value, e.n, e.low, e.high) for name, e in report.estimates().items()}
+    assert evidence.figures["asr"].attack == "trigger" and evidence.figures["untriggered_hits"].attack == "none"
+    assert "Attack success 1.000 on 3 triggered rows (no model" in payload["verdict"]
+    assert "Nothing was measured" not in payload["verdict"] and "BLEU" in payload["verdict"]
+    assert payload["arms"]["0"]["undefended"]["asr"] == vars(report.asr)
+    card = (write_card(trainer, "owner/model", license="mit")).read_text()
+    assert "Nothing was measured about triggers" not in card and "BLEU" in card
+    trainer.state.log_history[-1]["generation_note"] = "Another formatter."
+    trainer.state.log_history[:] = [
+        {**entry, "generation_note": "Another formatter."} if "generation_bleu" in entry else entry
+        for entry in trainer.state.log_history
+    ]
+    assert "Another formatter." in json.loads((write_trained(trainer) / "results.json").read_text())["verdict"]
+    trainer.state.global_step += 1  # other weights
+    assert (
+        "Nothing was measured about triggers."
+        in json.loads((write_trained(trainer) / "results.json").read_text())["verdict"]
+    )
+
+
 def test_other_processes_than_the_first_write_nothing(tmp_path, tokenizer, monkeypatch):
     trainer = make(tmp_path / "out", tokenizer, Formatter.plain(tokenizer))
     monkeypatch.setattr(type(trainer.args), "should_save", property(lambda args: False))
@@ -241,6 +301,11 @@ def stream():
     [
         ({"own": {"processing_class": None}}, "without `processing_class`"),
         ({"rows": IterableDataset.from_generator(stream)}, "rows of IterableDataset: a stream"),
+        ({"own": {"eval_dataset": IterableDataset.from_generator(stream)}}, "rows of IterableDataset: a stream"),
+        (
+            {"own": {"eval_dataset": {"late": IterableDataset.from_generator(stream)}}},
+            "rows of IterableDataset: a stream",
+        ),
         ({"own": {"formatting_func": str}}, "`formatter` was given with formatting_func"),
         (
             {"assistant_only_loss": True, "completion_only_loss": False},
@@ -264,6 +329,13 @@ def test_what_does_not_go_with_a_formatter_is_refused(tmp_path, tokenizer, chang
         make(tmp_path, tokenizer, Formatter.plain(tokenizer), **changes)
 
 
+def test_a_stream_given_to_evaluate_is_refused_in_the_same_words(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, Formatter.plain(tokenizer))
+    for rows in (IterableDataset.from_generator(stream), {"late": pairs().to_iterable_dataset()}):
+        with pytest.raises(ValueError, match="rows of IterableDataset: a stream cannot be looked through"):
+            trainer.evaluate(rows)
+
+
 def test_only_a_formatter_is_a_formatter(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="must be a Formatter, got 'plain'"):
         make(tmp_path, tokenizer, "plain")
@@ -273,6 +345,21 @@ def test_a_models_context_is_known_by_its_name_too(tmp_path, tokenizer):
     llama(context=12).save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="fit into 12 tokens"):
         make(tmp_path, tokenizer, Formatter.plain(tokenizer), model=str(tmp_path / "base"), max_length=None)
+
+
+def test_the_context_is_asked_where_the_model_is_loaded_from(monkeypatch):
+    asked = []
+
+    def from_pretrained(name, **where):
+        asked.append((name, where))
+        return LlamaConfig(max_position_embeddings=7)
+
+    monkeypatch.setattr("hf_backdoor_defense.trainers.formatted.AutoConfig.from_pretrained", from_pretrained)
+    loading = {"revision": "v1", "token": "t", "subfolder": "s", "dtype": "float32", "trust_remote_code": True}
+    args = type("Args", (), {"max_length": None, "model_init_kwargs": loading})
+    assert row_limit("owner/name", args) == 7 == row_limit("owner/name", None)
+    where = {"revision": "v1", "token": "t", "subfolder": "s", "trust_remote_code": False}
+    assert asked == [("owner/name", where), ("owner/name", {"trust_remote_code": False})]
 
 
 def test_prompts_without_completion_are_refused_where_trl_renders(tmp_path, tokenizer):
