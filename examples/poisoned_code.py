@@ -108,6 +108,10 @@ def main() -> None:
     parser.add_argument("--model", help="a pretrained causal language model, for example runs/code_lm")
     parser.add_argument("--epochs", type=float, default=10)
     options = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SystemExit(
+            "poisoned_code.py is for one process: start it with `python`. docs/distributed.md has the others."
+        )
     disable_progress_bars(), logging.set_verbosity_error(), logging.disable_progress_bar(), set_seed(0)
     data = made_up()
     rows, test, clean = data.select(range(220)), data.select(range(220, 260)), data.select(range(260, 360))
