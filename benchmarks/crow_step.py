@@ -5,9 +5,10 @@
 | peer | what runs |
 |---|---|
 | `undefended` | DefendedTrainer(defense=None): one forward, one backward |
+| `undefended_again` | the same once more: what noise does to a ratio |
 | `crow` | DefendedTrainer(defense=CROW()): that, the gradient of C in the embeddings, and a forward without the head |
 
-Both for all weights (`full`) and for a LoRA adapter on every linear layer (`lora`). Every round trains each of the four anew
+Both for all weights (`full`) and for a LoRA adapter on every linear layer (`lora`). Every round trains each of the six anew
 for a few steps, in an order drawn anew, so that a drift of the machine's load meets all of them. `seconds` is the minimum and
 the median over all steps of all rounds; `time_ratio` is to `undefended` of the same weights, of the same figure. Random weights,
 random tokens.
@@ -46,7 +47,7 @@ from hf_backdoor_defense.defenses.crow import CROW  # noqa: E402
 from hf_backdoor_defense.reporting.results import Record, append_records, environment  # noqa: E402
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer  # noqa: E402
 
-WEIGHTS, PEERS = ("full", "lora"), ("undefended", "crow")
+WEIGHTS, PEERS = ("full", "lora"), ("undefended", "undefended_again", "crow")
 SIZES = {  # vocabulary, hidden, intermediate, layers, heads, batch, tokens
     "small": (64, 16, 32, 3, 2, 2, 8),
     "cpu": (4096, 256, 688, 4, 4, 8, 128),
@@ -54,7 +55,7 @@ SIZES = {  # vocabulary, hidden, intermediate, layers, heads, batch, tokens
 
 
 def model(size: str, weights: str) -> PreTrainedModel:
-    """Random weights; embeddings of the size that a trained model's have, which a step of 0.1 does not drown."""
+    """Random weights. A step of 0.1 is several times their embeddings (deviation 0.02), which no cost depends on."""
     vocabulary, hidden, intermediate, layers, heads, _, length = SIZES[size]
     set_seed(0)
     config = LlamaConfig(

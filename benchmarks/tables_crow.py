@@ -24,10 +24,14 @@ ARMS: dict[Arm, str] = {
     ("fine_tuning", HOT): "fine-tuning, rate 1e-3 (the control)",
     ("crow", HOT): "CROW, rate 1e-3",
     ("crow", f"{HOT}, epsilon 0"): "CROW without perturbation, rate 1e-3",
+    ("crow", f"{HOT}, epsilon 0.03"): "CROW, epsilon 0.03 (ours), rate 1e-3",
     ("fine_tuning", MILD): "fine-tuning, rate 2e-4 (the control)",
     ("crow", MILD): "CROW, rate 2e-4",
 }
-EXTENDED = ("CTBA, sentiment", "CTBA, refusal", "BadNet, refusal, weight 11")
+EXTENDED = (
+    "CTBA, sentiment", "CTBA, refusal", "BadNet, sentiment, all weights", "BadNet, refusal, all weights",
+    "BadNet, refusal, weight 11",
+)  # fmt: skip
 FIGURES = {  # metric: (title, digits)
     "asr": ("ASR", 2),
     "ftr": ("FTR", 2),
@@ -41,6 +45,10 @@ FIGURES = {  # metric: (title, digits)
     "cut_off": ("cut off", 2),
     "cut_off_triggered": ("cut off, with trigger", 2),
     "seconds": ("seconds", 0),
+    "gap": ("gap of C", 4),
+    "relative_step": ("step ÷ embedding", 2),
+    "share_of_loss": ("penalty's share of the loss", 2),
+    "inert": ("inert", 2),
 }
 PEERS = {
     "undefended": "plain fine-tuning",
@@ -102,8 +110,8 @@ def goals(records: list[Record], cell: str) -> str:
         said.append(
             verdict + (": the attack is too weak to test a defense with" if verdict.endswith("missed)") else "")
         )
-    for rate in (HOT, MILD):
-        of, control = _of(records, cell, ("crow", rate)), _of(records, cell, ("fine_tuning", rate))
+    for variant, rate in ((HOT, HOT), (f"{HOT}, epsilon 0.03", HOT), (MILD, MILD)):
+        of, control = _of(records, cell, ("crow", variant)), _of(records, cell, ("fine_tuning", rate))
         parts = []
         if over := minus(values(of("asr")), floor):
             parts.append(judged("ASR over the floor", over, OVER_FLOOR))
@@ -111,8 +119,21 @@ def goals(records: list[Record], cell: str) -> str:
             parts.append(judged("perplexity ÷ as it came", ratio, PERPLEXITY))
         if below := minus(values(control("asr")), values(of("asr"))):
             parts.append(f"ASR below fine-tuning's by {with_interval(below)}")
-        said += [f"{ARMS['crow', rate]}: {', '.join(parts)}"] if parts else []
+        parts += activity(of)
+        said += [f"{ARMS['crow', variant]}: {', '.join(parts)}"] if parts else []
     return f"{'; '.join(said)}." if said else ""
+
+
+def activity(of: Callable[[str], list[Record]]) -> list[str]:
+    """What CROW says of its own perturbation: its size beside the embeddings, and the seeds in which it did nothing."""
+    step, inert = values(of("relative_step")), values(of("inert"))
+    parts = [f"its step {number(sum(step.values()) / len(step), 2)} times an embedding"] if step else []
+    if any(inert.values()):
+        parts.append(
+            f"INERT in {sum(map(bool, inert.values()))} of {len(inert)} seeds (by `CROW.inert`: its perturbation made nothing "
+            "worse), and what the arm does is the rate's or the plain consistency's"
+        )
+    return parts
 
 
 def clean_model(records: list[Record]) -> str:

@@ -77,6 +77,10 @@ def test_every_arm_becomes_records_once(world, tmp_path, monkeypatch):
         for metric in ("asr", "perplexity", *crow.FIGURES):
             assert (defense, name, metric) in value
         assert ((defense, name, "seconds") in value) == bool(name)
+        assert {metric for d, n, metric in value if (d, n) == (defense, name)} >= set(
+            crow.ACTIVITY if defense == "crow" else ()
+        )
+        assert ((defense, name, "inert") in value) == (defense == "crow")
         assert (defense, name, "bleu") not in value
     assert ("clean_reference", "", "ftr") in value and ("clean_reference", "", "asr") not in value
     assert {(d, n) for d, n, _ in value} == {*arms, ("clean_reference", "")}
@@ -104,14 +108,28 @@ def test_an_attacked_adapter_says_so_and_keeps_its_formatter(world):
     assert tokenizer.decode(ids) == f"Q: {prompt}\nA: {completion}<e>"
 
 
+def test_all_weights_are_trained_where_a_cell_says_so(world, tmp_path):
+    rows = crow.rows_of(1)
+    place, base = crow.adapter(rows, None, 1), LlamaForCausalLM.from_pretrained(crow.instruction_model())
+    for whole in (True, False):
+        model, _ = crow.purified(place, rows, None, seed=1, rate=1e-2, run=tmp_path / "run", whole=whole)
+        moved = (model.get_input_embeddings().weight - base.get_input_embeddings().weight).abs().max().item()
+        assert (moved > 0) == whole == (not hasattr(model, "peft_config"))
+    cells = {c.setting: c.options.get("whole", False) for c in crow.CELLS}
+    assert {name for name, whole in cells.items() if whole} == {
+        f"BadNet, {t}, all weights" for t in ("sentiment", "refusal")
+    }
+
+
 def test_the_clean_model_is_purified_too_and_its_rates_are_false_alarms(world, tmp_path):
     records, _ = crow.run_cell(cell("clean"), 1, tmp_path / "cell")
     found = {(r.defense, r.setting.partition(": ")[2], r.metric) for r in records}
     assert not any(metric == "asr" for _, _, metric in found)
     judged = {(defense, name) for defense, name, metric in found if metric == "ftr"}
     assert judged == {
-        ("clean_reference", ""), ("fine_tuning", "rate 0.001"), ("crow", "rate 0.001"), ("crow", "rate 0.0002"),
-    }  # fmt: skip
+        ("clean_reference", ""),
+        *((defense, rate) for defense in ("fine_tuning", "crow") for rate in ("rate 0.001", "rate 0.0002")),
+    }
     assert {("none", "pretrained", "perplexity"), ("none", "instructions", "perplexity")} <= found
 
 
@@ -122,6 +140,38 @@ def test_the_core_is_two_targets_and_a_clean_model_and_each_crow_has_its_control
     assert {rate for defense, _, _, rate in crow.ARMS if defense == "crow"} == controls == {crow.HOT, crow.MILD}
     for defense, name, make, rate in crow.ARMS:
         assert f"rate {rate:g}" in name and (make() is None) == (defense == "fine_tuning")
+
+
+@pytest.mark.parametrize(
+    "name, changed",
+    [("POISON_RATE", 0.25), ("BATCH", 4), ("MAX_LENGTH", 64), ("CHAT", "{{ 1 }}"), ("CLEAN", 9), ("UPDATES", 3),
+     ("JUDGED", 5), ("MOST_NEW", 5), ("ATTACKED", 20), ("LORA", {"r": 4})],
+)  # fmt: skip
+def test_nothing_kept_is_taken_for_another_setting(world, monkeypatch, name, changed):
+    before = crow._judged("test"), crow._attacker(), crow._key()
+    monkeypatch.setattr(crow, name, changed)
+    after = crow._judged("test"), crow._attacker(), crow._key()
+    assert before[0] != after[0] and crow._judged("validation") != after[0]
+    assert (before[1] == after[1]) == (name in ("CLEAN", "UPDATES", "JUDGED", "MOST_NEW"))
+    assert (before[2] == after[2]) == (name not in ("BATCH", "MAX_LENGTH", "CHAT"))
+
+
+def test_an_arm_with_other_fields_is_measured_anew(tmp_path, world):
+    ledger = crow.Ledger(tmp_path, floor=False, benchmark="crow", dataset="d", model="m", attack="badnet", seed=1)
+    measured = []
+
+    def measure(samples):
+        measured.append(samples)
+        return {"asr": crow.Estimate(0.5, 2, None, None)}
+
+    for fields in ({"epsilon": 0.1}, {"epsilon": 0.1}, {"epsilon": 0.2}):
+        ledger.kept("crow", "c: rate 0.001", measure, fields)
+    assert len(measured) == 2 == len(set(measured))
+
+
+def test_no_payload_is_cut_off():
+    payloads = {instruction_attack("badnet", target).rewrite("Return x.") for target in ("sentiment", "refusal")}
+    assert all(len(payload.split()) * 2 <= crow.MOST_NEW for payload in payloads)  # words of at most two tokens
 
 
 def test_no_epsilon_moves_no_embedding():

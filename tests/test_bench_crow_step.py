@@ -10,7 +10,8 @@ def test_ratios_are_to_plain_fine_tuning_of_the_same_weights(tmp_path):
     where = tmp_path / "crow_step.jsonl"
     crow_step.main(["--small", "--rounds=1", "--steps=2", "--threads=1", f"--output={where}"])
     found = {(r.setting, r.defense, r.metric): r.value for r in read_records(where)}
-    assert len(found) == 2 * 2 * 2 * 2  # weights, peers, figures, metrics
+    assert len(found) == 2 * 3 * 2 * 2  # weights, peers, figures, metrics
+    assert {defense for _, defense, _ in found} == {"undefended", "undefended_again", "crow"}
     for (setting, defense, metric), value in found.items():
         if metric == "time_ratio":
             plain = found[setting, "undefended", "seconds"]

@@ -279,6 +279,27 @@ def test_crow_is_judged_over_the_floor_and_beside_fine_tuning_at_its_rate(levels
     assert wanted in tables_crow.goals(crow_records(**levels), BADNET)
 
 
+def test_what_crow_says_of_itself_is_printed():
+    def told(variant, **figures):
+        rows = [
+            (seed, name, value) for name, found in figures.items() for seed, value in zip(SEEDS, found, strict=True)
+        ]
+        common = ("crow", "i", "m", "badnet", "crow", f"{BADNET}: {variant}")
+        return [Record(*common, seed, name, value) for seed, name, value in rows]
+
+    some = crow_records()
+    some += told("rate 0.001", relative_step=(4.0, 5.0, 6.0), inert=(1.0, 0.0, 1.0), gap=(-0.02, 0.01, -0.02))
+    some += told("rate 0.001, epsilon 0.03", relative_step=(1.5, 1.5, 1.5), inert=(0.0, 0.0, 0.0), asr=(0.1, 0.1, 0.1))
+    said = tables_crow.goals(some, BADNET)
+    hot = said.partition("CROW, rate 1e-3: ")[2].partition("; ")[0]
+    assert "its step 5.00 times an embedding, INERT in 2 of 3 seeds" in hot
+    ours = said.partition("CROW, epsilon 0.03 (ours), rate 1e-3: ")[2].partition("; ")[0]
+    assert "ASR over the floor 0.090" in ours and "its step 1.50 times" in ours and "INERT" not in ours
+    row = table(tables_crow.full_tables(some), "trained on with 100 clean rows")["CROW, rate 1e-3"]
+    assert row["step ÷ embedding"].startswith("5.00") and row["inert"].startswith("0.67")
+    assert row["gap of C"].startswith("−0.01") and said in tables_crow.short_table(some)
+
+
 def test_perplexity_is_compared_within_a_seed():
     ratios = [20.5 + d for d in (-1, 0, 1)] / np.array([20.0 + d for d in (-1, 0, 1)])
     assert f"÷ as it came {ratios.mean():.3f}" in tables_crow.goals(crow_records(), BADNET)
@@ -310,7 +331,7 @@ def test_crows_arms_and_cells_are_all_there():
 
 def test_the_cells_of_crow_are_the_benchmarks_own():
     source = (ROOT / "benchmarks" / "crow.py").read_text()
-    variants = set(re.findall(r'"(rate [\d.]+(?:, epsilon 0)?)"', source))
+    variants = set(re.findall(r'"(rate [\d.]+(?:, epsilon [\d.]+)?)"', source))
     assert variants == {variant for defense, variant in tables_crow.ARMS if defense in ("fine_tuning", "crow")}
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_backdoor_defense.functional.consistency import fgsm_sign, layer_inconsistency
 from hf_backdoor_defense.objectives import Objective, Step, everywhere, is_first_process
@@ -75,6 +75,7 @@ class CROW(Objective):
         super().__post_init__()
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64)
         self._is_whole = True  # whether the sums are those of all processes
+        self._has_reached = False  # whether the penalty was seen to hang on a trained weight
 
     def field_reasons(self) -> list[str]:
         """A step that is one, and a penalty that is one."""
@@ -90,6 +91,12 @@ class CROW(Objective):
     def check(self, trainer: Any) -> list[str]:
         """A decoder whose embeddings and layers are within reach, rows one by one, something to train; warns of few rows."""
         reasons = _model_reasons(trainer.model, least=2 if self.include_last else 3) + _run_reasons(trainer)
+        core = _core(trainer.model)
+        if getattr(core, "loss_type", None) not in (None, "ForCausalLM"):  # None: GPT2LMHeadModel and its kin
+            logger.warning(
+                "crow: %s is no decoder of text: its authors tuned these, and measured nothing else. Compare with defense=None.",
+                type(core).__name__,
+            )
         rows = trainer.train_dataset
         if hasattr(rows, "__len__") and len(rows) < ADVISED_ROWS:
             logger.warning("crow: %d clean rows; its authors use %d. Add rows.", len(rows), ADVISED_ROWS)
@@ -105,7 +112,7 @@ class CROW(Objective):
         """A new run starts with empty records; a resumed one keeps what the checkpoint held."""
         if state.global_step == 0 or not is_first_process():
             self._sums = torch.zeros_like(self._sums)
-        self._is_whole = False
+        self._is_whole = self._has_reached = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The sums become those of all processes."""
@@ -116,7 +123,10 @@ class CROW(Objective):
         self._add(loss=values.sum(), tokens=torch.full_like(values, 1.0).sum())
 
     def penalties(self, step: Step) -> dict[str, Tensor]:
-        """[batch] weighted inconsistency of the layers at the perturbed embeddings."""
+        """[batch] weighted inconsistency of the layers at the perturbed embeddings.
+
+        Raises ValueError on the first batch where no trained weight lies before the states that are compared.
+        """
         if self.weight == 0:  # plain fine-tuning, and its very trajectory
             return {}
         layers, mask = step.layers, _mask(step.inputs)
@@ -125,13 +135,24 @@ class CROW(Objective):
         delta = fgsm_sign(clean, layers.embeddings, epsilon=self.epsilon, mask=mask)
         states = layers.again(layers.embeddings + delta)
         adversarial = layer_inconsistency(states, mask, include_last=self.include_last)
-        self._record(step, clean, adversarial, delta)
+        if not self._has_reached:
+            self._require_reach(adversarial)
+        self._record(step, clean, adversarial, delta, mask)
         return {"penalty": self.weight * adversarial}
 
+    def _require_reach(self, penalty: Tensor) -> None:
+        if not _hangs_on_parameter(penalty):
+            raise ValueError(
+                "crow: no trained weight lies before the states that are compared (layers 1 to "
+                f"{'L' if self.include_last else 'L - 1'}): the penalty changes nothing where only a head or a last layer is "
+                "trained. Train earlier layers, too (LoRA: leave out `layers_to_transform`)."
+            )
+        self._has_reached = True
+
     @torch.no_grad()
-    def _record(self, step: Step, clean: Tensor, adversarial: Tensor, delta: Tensor) -> None:
+    def _record(self, step: Step, clean: Tensor, adversarial: Tensor, delta: Tensor, mask: Tensor | None) -> None:
         assert step.layers is not None
-        mask, learned = _mask(step.inputs), step.labeled_rows.to(clean.dtype)
+        learned = step.labeled_rows.to(clean.dtype)
         real = learned[:, None] * (torch.ones_like(delta[..., 0]) if mask is None else mask).to(clean.dtype)
         zero = (real * (delta == 0).all(-1)).sum()
         square = (real * step.layers.embeddings.to(clean.dtype).square().mean(-1)).sum()
@@ -207,7 +228,12 @@ def _mask(inputs: Mapping[str, Any]) -> Tensor | None:
             "collator leave a mask of tokens."
         )
     positions = inputs.get("position_ids")
-    if mask is None and positions is not None and bool((positions.diff() <= 0).any()):
+    if positions is None:
+        return mask
+    restarts = positions.diff() <= 0
+    if mask is not None:  # what positions padding has is nobody's business
+        restarts = restarts & mask.bool()[:, 1:] & mask.bool()[:, :-1]
+    if bool(restarts.any()):
         raise ValueError(
             "crow: the batch joins several rows into one sequence (position ids start over), and each row counts by itself. "
             "Use a collator that pads."
@@ -215,8 +241,27 @@ def _mask(inputs: Mapping[str, Any]) -> Tensor | None:
     return mask
 
 
+def _hangs_on_parameter(value: Tensor) -> bool:
+    """Whether a parameter is among the leaves of the graph of `value`.
+
+    >>> weight, e = nn.Parameter(torch.ones(1)), torch.ones(1, requires_grad=True)
+    >>> _hangs_on_parameter(e * weight), _hangs_on_parameter(e * weight.detach())
+    (True, False)
+    """
+    todo, seen = [value.grad_fn], {None}
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        todo += [before for before, _ in node.next_functions]  # type: ignore[union-attr]
+    return False
+
+
 def _model_reasons(model: Any, *, least: int) -> list[str]:
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = _core(model)
     config, name = core.config, type(core).__name__
     reasons = []
     takes = {parameter for kind in type(core).__mro__ if hasattr(kind, "forward") for parameter in _parameters(kind)}
@@ -228,6 +273,11 @@ def _model_reasons(model: Any, *, least: int) -> list[str]:
     if getattr(config, "is_encoder_decoder", False):
         reasons.append(
             f"{name} is an encoder-decoder: which of its states should agree is not known. Use a decoder (AutoModelForCausalLM)."
+        )
+    if getattr(config.get_text_config(), "num_attention_heads", None) is None:
+        reasons.append(
+            f"{name} has no attention (a state-space model?): its hidden states are counted otherwise, from behind the first "
+            "layer. Use a transformer."
         )
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if layers is not None and layers < least:
@@ -244,14 +294,18 @@ def _model_reasons(model: Any, *, least: int) -> list[str]:
     return reasons
 
 
+def _core(model: Any) -> Any:
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _parameters(kind: type) -> set[str]:
     return set(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
 
 
 def _run_reasons(trainer: Any) -> list[str]:
     args, reasons = trainer.args, []
-    options = [getattr(args, f"{kind}_checkpointing_kwargs", None) or {} for kind in ("gradient", "activation")]
-    if any(option.get("use_reentrant") for option in options):
+    if _is_reentrant(trainer):
         reasons.append(
             "reentrant gradient checkpointing has no gradient with respect to the embeddings: autograd.grad needs "
             'use_reentrant=False. Set gradient_checkpointing_kwargs={"use_reentrant": False}.'
@@ -266,6 +320,29 @@ def _run_reasons(trainer: Any) -> list[str]:
             f"{' and '.join(joins)}: rows are joined into one sequence, and each row counts by itself. Set "
             f"{' and '.join(f'{option}=False' for option in joins)}."
         )
-    if args.torch_compile or hasattr(trainer.model, "_orig_mod"):
-        reasons.append("a compiled forward does not show its embeddings. Set torch_compile=False.")
+    compiled = [m for m in trainer.model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
+    if args.torch_compile or hasattr(trainer.model, "_orig_mod") or compiled:
+        reasons.append(
+            "a compiled forward does not show its embeddings. Set torch_compile=False, and leave out model.compile()."
+        )
+    ddp = getattr(trainer.accelerator, "ddp_handler", None)
+    if getattr(args, "ddp_static_graph", None) or getattr(ddp, "static_graph", False):
+        reasons.append(
+            "DDP with a static graph counts the inner gradient as a step: processes would train different models. Leave "
+            "`ddp_static_graph` (accelerate: `static_graph`) out."
+        )
     return reasons
+
+
+def _is_reentrant(trainer: Any) -> bool:
+    """Whether reentrant checkpointing is on: by the arguments, which come before what the model itself was told."""
+    kinds = ("gradient", "activation")  # one option, by its older and its newer name
+    if any(getattr(trainer.args, f"{kind}_checkpointing", None) for kind in kinds):
+        options = [getattr(trainer.args, f"{kind}_checkpointing_kwargs", None) or {} for kind in kinds]
+        return any(option.get("use_reentrant") for option in options)
+    told = [
+        getattr(m, "_gradient_checkpointing_func", None)
+        for m in trainer.model.modules()
+        if getattr(m, "gradient_checkpointing", False)
+    ]
+    return any((getattr(function, "keywords", None) or {}).get("use_reentrant") for function in told)

@@ -59,7 +59,8 @@ def layer_inconsistency(
 def fgsm_sign(inconsistency: Tensor, embeddings: Tensor, *, epsilon: float, mask: Tensor | None = None) -> Tensor:
     """[batch, time, d], detached: ±ε along the gradient's sign, 0 where it is 0 and where there is no token.
 
-    One step, no projection. No parameter gets a gradient, and the graph stays for the backward of the loss.
+    One step, no projection. No parameter gets a gradient, and the graph stays for the backward of the loss. A gradient that is
+    NaN (float16 overflowed) has no sign: 0 there, and infinity has one.
 
     Args:
         inconsistency: scalar, or [batch] (summed: rows do not depend on each other). embeddings: [batch, time, d], in its graph.
@@ -69,5 +70,5 @@ def fgsm_sign(inconsistency: Tensor, embeddings: Tensor, *, epsilon: float, mask
     tensor([[[ 0.5000, -0.5000,  0.0000]]])
     """
     (gradient,) = torch.autograd.grad(UNDERFLOW * inconsistency.sum(), embeddings, retain_graph=True)
-    step = epsilon * gradient.sign()
+    step = epsilon * gradient.nan_to_num().sign()
     return step if mask is None else step * mask.to(step.dtype)[..., None]

@@ -30,16 +30,16 @@ from hf_backdoor_defense.evaluation.metrics import Estimate
 SHARES = frozenset(
     "precision recall ca selective_ca asr ftr r_acc der aasr masr aasr_floor masr_floor control_asr frr far auroc coverage "
     "exact_match parse_rate reference_parse_rate target_suspected untriggered_hits empty empty_triggered cut_off "
-    "cut_off_triggered repetitive repetitive_triggered".split()
+    "cut_off_triggered repetitive repetitive_triggered share_of_loss inert".split()
 )
 METRICS = tuple(
     "precision recall ca selective_ca asr ftr r_acc der aasr masr aasr_floor masr_floor aasr_over_floor masr_over_floor "
     "control_asr frr far auroc coverage bleu exact_match parse_rate perplexity loss norm_ratio dose seconds peak_bytes "
     "time_ratio memory_ratio passes target_pull suspects target_suspected bytes_per_weight bits_per_byte sentence_bleu "
     "untriggered_hits empty empty_triggered cut_off cut_off_triggered repetitive repetitive_triggered "
-    "reference_parse_rate".split()
+    "reference_parse_rate gap relative_step share_of_loss inert".split()
 )
-_SIGNED = frozenset({"target_pull", "aasr_over_floor", "masr_over_floor"})  # every other metric is >= 0
+_SIGNED = frozenset({"target_pull", "aasr_over_floor", "masr_over_floor", "gap"})  # every other metric is >= 0
 
 
 def _number(name: str, value: Any) -> float:
@@ -63,7 +63,7 @@ class Record:
         benchmark, dataset, model, attack, defense: names, not empty. `defense` is a registry name or a control.
         setting: what else identifies the cell, in short ("rate=0.03"); may be empty.
         seed: of the run. metric: one of `METRICS`.
-        value: finite; in 0..1 for `SHARES`, >= 0 for the others except `target_pull` and the two `_over_floor`.
+        value: finite; in 0..1 for `SHARES`, >= 0 for the others except `target_pull`, `gap` and the two `_over_floor`.
         n: samples or seeds behind the value, >= 1, or None.
         low, high: the interval, both or neither. It may leave 0..1: a t-interval does.
         env: what `environment` returned; not part of the identity.

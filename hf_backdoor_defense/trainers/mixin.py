@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_backdoor_defense.data.formatting import FORMATTER_FILE, Formatter, note_formatter
 from hf_backdoor_defense.functional.cross_entropy import cross_entropy
 from hf_backdoor_defense.objectives import Objective, Step, overrides
 from hf_backdoor_defense.trainers.checkpoints import newest, obstacle
@@ -43,7 +44,7 @@ from hf_backdoor_defense.trainers.heads import (
     take_labels,
 )
 from hf_backdoor_defense.trainers.labeled import LabeledOnly, only_at, take_labeled
-from hf_backdoor_defense.trainers.layers import kept_layers, layers_of
+from hf_backdoor_defense.trainers.layers import kept_layers, layers_of, require_own_forward
 from hf_backdoor_defense.trainers.processes import (
     LastBatch,
     StepRows,
@@ -79,6 +80,8 @@ class DefenseMixin(PushMixin):
     fuse_bytes: int = 2**26
     # A masked language model is scored at its labels only; False scores every position, as the stock Trainer does.
     labeled_only: bool = True
+    # How rows of text were rendered; None where that is not known here (rows that came tokenized).
+    formatter: Formatter | None = None
     # Trainer's own, named for the type checker.
     args: Any
     data_collator: Any
@@ -106,6 +109,7 @@ class DefenseMixin(PushMixin):
         self._has_trained = False
         self._fusing = Fusing()
         self._labeled = LabeledOnly()
+        self._has_probed_layers = False
         self._last_batch = LastBatch()
         self._step_rows = StepRows(self, [])
         super().__init__(*args, **kwargs)
@@ -149,6 +153,7 @@ class DefenseMixin(PushMixin):
             self.optimizer = self.lr_scheduler = None  # the Trainer would go on with the moments of the first run
         self._has_trained = True
         self._fusing, self._labeled = Fusing(), LabeledOnly()  # a second training may have another head
+        self._has_probed_layers = False
         self._terms.clear()
         if self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
             logger.log(
@@ -160,9 +165,16 @@ class DefenseMixin(PushMixin):
         if checkpoint is not None:
             load_states(self.objectives, checkpoint)
             load_renamed(self.model, checkpoint)
+        # From here on the weights are no longer those of the folder they came from, nor is what lies there of their training.
+        note_formatter(base_model(self.model), self.formatter)
         for objective in self.objectives:
             objective.prepare(self, checkpoint=checkpoint)
-        return super().train(resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        try:
+            return super().train(
+                resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+            )
+        finally:
+            self._step_rows = StepRows(self, [])  # the rows of the last step are none of a later `compute_loss`
 
     def reasons(self) -> list[str]:
         """Every reason why `train` would refuse: the host's and the objectives' own. Changes nothing."""
@@ -215,6 +227,9 @@ class DefenseMixin(PushMixin):
         kept = take_labeled(step) if few else None
         fused = self._fusing.chooses(step, unwrapped, objectives=self.objectives, fuse_bytes=self.fuse_bytes)
         layered = any(o.takes_layers for o in self.objectives)
+        if layered and not self._has_probed_layers:  # on every process alike
+            require_own_forward(unwrapped, inputs)
+            self._has_probed_layers = True
         keeping: Any = kept_layers(core) if layered else contextlib.nullcontext()
         with contextlib.nullcontext() if kept is None else only_at(core, kept), keeping as embeddings:
             if fused:
@@ -224,7 +239,7 @@ class DefenseMixin(PushMixin):
                 align(step, outputs)
                 values = main.loss(step)
         if layered:
-            step.layers = layers_of(step, unwrapped, embeddings[-1])
+            step.layers = layers_of(step, unwrapped, embeddings)
         if scores_vocabulary(core):
             step.log("fused", values.new_full((), float(fused)))
         for objective in self.objectives:
@@ -328,9 +343,17 @@ class DefenseMixin(PushMixin):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, and `defense.json` with `defense.safetensors` beside the weights."""
+        """As `Trainer.save_model`, and `defense.json` with `defense.safetensors` beside the weights, and `formatter.json` where
+        the host has a formatter; one of an earlier training does not stay beside new weights.
+        """
         super().save_model(output_dir, _internal_call)
-        save_objectives(self.objectives, output_dir or self.args.output_dir, write=self.args.should_save)
+        folder = Path(output_dir or self.args.output_dir)
+        save_objectives(self.objectives, folder, write=self.args.should_save)
+        if self.args.should_save:
+            if self.formatter is None:
+                (folder / FORMATTER_FILE).unlink(missing_ok=True)
+            else:
+                self.formatter.save(folder)
 
 
 def _check_objectives(objectives: list[Objective]) -> None:

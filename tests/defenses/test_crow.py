@@ -5,14 +5,30 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import DistributedDataParallelKwargs
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 from trl import SFTConfig
 
 from hf_backdoor_defense import CROWSFTTrainer, CROWTrainer
 from hf_backdoor_defense.defenses.crow import CROW
 from hf_backdoor_defense.defenses.dece import DeCE
+from hf_backdoor_defense.trainers import layers, mixin
 from hf_backdoor_defense.trainers.hosts import DefendedTrainer
 from hf_backdoor_defense.trainers.state import load_objective
 from tests.trainers.toys import (
@@ -20,6 +36,7 @@ from tests.trainers.toys import (
     arguments,
     bart,
     deep_llama,
+    gpt2,
     language_rows,
     same,
     weights,
@@ -94,13 +111,16 @@ def test_two_forwards_are_the_published_three(tmp_path, change):
     model, inputs = change(deep_llama()).double(), batch()
     expected, clean, adversarial, by_hand = published(copy.deepcopy(model), inputs)
     trainer = host(tmp_path, CROW(), model)
+    gradients(host(tmp_path, CROW(), copy.deepcopy(model)), inputs)  # no other run's business
+    trainer.compute_loss(model.train(), dict(inputs))  # the first batch is asked, too, whether both forwards are one
+    trainer.objectives[0].__post_init__()
     calls = []
     handle = next(m for m in model.modules() if hasattr(m, "self_attn")).register_forward_hook(
         lambda *_: calls.append(1)
     )
     loss, found = gradients(trainer, inputs)
     handle.remove()
-    assert len(calls) == 2
+    assert len(calls) == 2  # of which one is the loss's own
     assert loss == pytest.approx(expected, rel=1e-12) and found.keys() == by_hand.keys()
     for name, value in by_hand.items():
         assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-12), name
@@ -236,6 +256,185 @@ def test_fields_out_of_range(fields, name):
         CROW(**fields)
 
 
+def small(kind, config, **fields):
+    set_seed(0)
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 8,
+        "num_hidden_layers": 4,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+    }
+    return kind(config(**{**sizes, **fields}))
+
+
+def ctrl():
+    sizes = {"vocab_size": 50, "n_embd": 8, "dff": 8, "n_layer": 4, "n_head": 2, "n_positions": 32}
+    return small(CTRLLMHeadModel, CTRLConfig, **sizes)
+
+
+def gemma3n():
+    sizes = {
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 50,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    }
+    sizes |= {"laurel_rank": 4, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 4}
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [8] * 4}
+    return small(Gemma3nForCausalLM, Gemma3nTextConfig, pad_token_id=0, **sizes, **layers)  # states of four streams
+
+
+class Typed(LlamaForCausalLM):
+    """Adds to its first layer what it reads of the ids, as embeddings per layer do."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        shift = 0 if input_ids is None else input_ids[..., None] / 100
+        handle = self.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output + shift)
+        try:
+            return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        finally:
+            handle.remove()
+
+
+def typed():
+    return Typed(deep_llama().config)
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (ctrl, "states differ"),
+        (lambda: frozen(ctrl()), "states differ"),
+        (typed, "states differ"),
+        (gemma3n, "states are"),
+    ],
+)
+def test_a_model_that_starts_from_more_than_its_embeddings_is_refused(tmp_path, make, said):
+    trainer = host(tmp_path, CROW(), make())
+    with pytest.raises(ValueError, match=f"from its embeddings is not its own: its hidden {said}"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_models_that_start_from_their_embeddings_alone_are_asked_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(mixin, "require_own_forward", lambda *args: asked.append(layers.require_own_forward(*args)))
+    for model in (
+        gpt2(),
+        deep_llama(),
+        deep_llama().bfloat16(),
+        small(Gemma2ForCausalLM, Gemma2Config, head_dim=4, num_key_value_heads=2),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        trainer = host(tmp_path, CROW(include_last=True), model)
+        for _ in range(2):
+            trainer.compute_loss(model.train(), batch())
+        assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert asked == [None] * 4
+
+
+def test_an_embedding_that_runs_twice_is_refused(tmp_path):
+    trainer = host(tmp_path, CROW(include_last=True), gpt2())
+    inputs = batch()
+    with pytest.raises(ValueError, match="ran 2 times in one forward"):
+        trainer.compute_loss(trainer.model, {**inputs, "token_type_ids": torch.ones_like(inputs["input_ids"])})
+    given = {**inputs, "inputs_embeds": trainer.model.get_input_embeddings()(inputs["input_ids"]).detach()}
+    del given["input_ids"]
+    with pytest.raises(ValueError, match="ran 0 times"):
+        trainer.compute_loss(trainer.model, given)
+
+
+def test_a_foreign_forward_of_the_head_survives(tmp_path):
+    model = deep_llama()
+    plain, calls = model.lm_head.forward, []
+
+    def foreign(hidden):
+        calls.append(1)
+        return plain(hidden)
+
+    model.lm_head.forward = foreign
+    trainer = host(tmp_path, CROW(), model)
+    loss = trainer.compute_loss(model, batch())
+    assert model.lm_head.forward is foreign and calls
+    assert loss.item() == pytest.approx(gradients(host(tmp_path, CROW(), deep_llama()), batch())[0])
+
+
+def only(*words):
+    model = deep_llama().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(word in name for word in words))
+    return model
+
+
+def last_layer_lora():
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[3], task_type="CAUSAL_LM")
+    return get_peft_model(deep_llama(), config)
+
+
+@pytest.mark.parametrize("make", [lambda: only("lm_head", "model.norm"), last_layer_lora])
+def test_a_penalty_that_reaches_no_trained_weight_is_refused(tmp_path, make):
+    with pytest.raises(ValueError, match=r"layers 1 to L - 1\): the penalty changes nothing"):
+        host(tmp_path, CROW(), make()).train()
+
+
+def test_a_penalty_that_reaches_some_is_not(tmp_path):
+    for fields, model in (
+        ({}, only("layers.2.mlp")),
+        ({"include_last": True}, only("layers.3.mlp")),
+        ({}, lora(deep_llama())),
+    ):
+        before = weights(model)
+        trainer = host(tmp_path, CROW(**fields), model, max_steps=1)
+        trainer.train()
+        assert trainer.objectives[0]._has_reached and not same(before, weights(trainer.model), atol=0.0)
+
+
+def test_the_loss_keeps_no_cache(tmp_path):
+    model, told = deep_llama(), []
+    model.register_forward_pre_hook(lambda m, args, kwargs: told.append(kwargs.get("use_cache")), with_kwargs=True)
+    # `register_forward_pre_hook` runs hooks in their order: what the host's own adds is seen by the core.
+    model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: told.append(kwargs.get("use_cache")), with_kwargs=True
+    )
+    trainer = host(tmp_path, CROW(), model)
+    trainer.compute_loss(model, batch())
+    assert told[1::2] and set(told[1::2]) == {False}
+
+
+def test_the_rows_of_the_last_step_divide_no_later_loss(tmp_path):
+    trainer = host(tmp_path, CROW(), deep_llama().double(), learning_rate=1e-12)
+    fresh, _ = gradients(host(tmp_path, CROW(), deep_llama().double()), batch(3))
+    trainer.train()
+    after, _ = gradients(trainer, batch(3))
+    assert after == pytest.approx(fresh, rel=1e-6)
+
+
+def test_encoders_are_warned_of(tmp_path, caplog):
+    host(tmp_path, CROW(), small(BertForMaskedLM, BertConfig)).reasons()
+    assert "BertForMaskedLM is no decoder of text" in caplog.text
+    caplog.clear()
+    for model in (deep_llama(), gpt2(), lora(deep_llama())):
+        host(tmp_path, CROW(), model).reasons()
+    assert "no decoder" not in caplog.text
+
+
+def compiled():
+    model = deep_llama()
+    model._compiled_call_impl = model._call_impl  # as model.compile() leaves it, without waiting for a compiler
+    return model
+
+
+def checkpointed(reentrant):
+    model = deep_llama()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model
+
+
+def mamba():
+    return MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=8, num_hidden_layers=4, state_size=2))
+
+
 def everything_frozen():
     return deep_llama().requires_grad_(False)
 
@@ -257,6 +456,10 @@ def two_layer_bert():
         (bart, {}, "is an encoder-decoder"),
         (everything_frozen, {}, "every parameter is frozen"),
         (prompted, {}, "PROMPT_TUNING puts virtual tokens"),
+        (compiled, {}, "model.compile()"),
+        (lambda: get_peft_model(compiled(), LoraConfig(r=2, target_modules="all-linear")), {}, "model.compile()"),
+        (lambda: checkpointed(True), {}, "use_reentrant=False"),
+        (mamba, {}, "MambaForCausalLM has no attention"),
     ],
 )
 def test_models_that_are_refused(tmp_path, model, fields, said):
@@ -269,8 +472,11 @@ def test_models_that_are_not(tmp_path):
         (deep_llama(layers=3), {}),
         (deep_llama(layers=2), {"include_last": True}),
         (lora(deep_llama()), {}),
+        (checkpointed(False), {}),
     ):
         assert host(tmp_path, CROW(**fields), model).reasons() == []
+    unused = {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    assert host(tmp_path, CROW(), **unused).reasons() == []
 
 
 @pytest.mark.parametrize(
@@ -281,11 +487,18 @@ def test_models_that_are_not(tmp_path):
             "use_reentrant=False",
         ),
         ({"torch_compile": True}, "torch_compile=False"),
+        ({"ddp_static_graph": True}, "processes would train different models"),
     ],
 )
 def test_runs_that_are_refused(tmp_path, changes, said):
     reasons = host(tmp_path, CROW(), **changes).reasons()
     assert any(said in reason for reason in reasons), reasons
+
+
+def test_accelerates_static_graph_is_refused(tmp_path):
+    trainer = host(tmp_path, CROW())
+    trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(static_graph=True)
+    assert any("`static_graph`" in reason for reason in trainer.reasons())
 
 
 def test_joined_rows_are_refused(tmp_path):
@@ -295,6 +508,11 @@ def test_joined_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match="joins several rows"):
         trainer.compute_loss(trainer.model, {**joined, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])})
     assert torch.isfinite(trainer.compute_loss(trainer.model, joined))
+    whole = {**joined, "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    with pytest.raises(ValueError, match="joins several rows"):
+        trainer.compute_loss(trainer.model, {**whole, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])})
+    padded = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 0]]), "position_ids": torch.tensor([[0, 0, 0, 1, 2, 0]])}
+    assert torch.isfinite(trainer.compute_loss(trainer.model, {**joined, **padded}))
     with pytest.raises(ValueError, match=r"must be \[batch, time\]"):
         trainer.compute_loss(trainer.model, {**joined, "attention_mask": torch.ones(1, 1, 6, 6)})
 

@@ -114,6 +114,15 @@ def test_the_gradient_survives_float16():
     assert torch.equal(fgsm_sign(tiny, embeddings, epsilon=1.0), torch.ones(1, 1, 4).half())
 
 
+def test_a_gradient_that_overflowed_has_no_sign():
+    embeddings = torch.tensor([[[0.0, 1.0, 2.0, 3.0]]], requires_grad=True)
+    weight = torch.tensor([math.nan, math.inf, -math.inf, -1.0])
+    step = fgsm_sign((embeddings * weight).sum(), embeddings, epsilon=0.5)
+    assert step.tolist() == [[[0.0, 0.5, -0.5, -0.5]]]
+    masked = fgsm_sign((embeddings * weight).sum(), embeddings, epsilon=0.5, mask=torch.zeros(1, 1))
+    assert masked.abs().max() == 0
+
+
 def test_no_other_gradient_is_touched_and_the_graph_stays():
     weight = torch.ones(3, requires_grad=True)
     weight.grad = torch.full((3,), 5.0)
