@@ -164,6 +164,31 @@ def threshold(*, log_alpha: float, label_smoothing: float) -> float:
     return math.expm1(-log_alpha) * (1 - label_smoothing) if log_alpha > -700 else math.inf
 
 
+def minority_bound(share: float) -> float:
+    """alpha <= 1 - rho / (1 - rho): a share rho of the rows cannot pull up an answer that the others do not give, from nothing.
+
+    Where rows look alike to the model, a share rho has the label t and the rest another one. Near p_t = 0 the rare ones push up
+    with rho alpha p_t / (1 - alpha) (their kept pull), the others push down with (1 - rho) alpha p_t; the first is larger only
+    above the bound. Ours, for epsilon = 0, and about rows that the model does not tell apart yet: a trigger that it sees already is not
+    covered. With alpha = alpha_base ** e it holds from the epoch on in which alpha falls below it.
+
+    Args:
+        share: rho, the share of poisoned rows to withstand, in (0, 0.5).
+
+    Raises:
+        ValueError: another share.
+
+    >>> round(minority_bound(0.05), 3), round(minority_bound(0.01), 3)
+    (0.947, 0.99)
+    """
+    if not 0 < share < 0.5:
+        raise ValueError(
+            f"`share` must be in (0, 0.5), got {share}: it is the share of rows that are poisoned, and half of them are no "
+            "minority. Pass for example 0.05."
+        )
+    return 1 - share / (1 - share)
+
+
 def check_fields(log_alpha: float, label_smoothing: float, classes: int | None = None) -> None:
     """Raises ValueError where alpha or epsilon is out of range.
 

@@ -13,6 +13,7 @@ from hf_backdoor_defense.functional.dece import (
     dece_loss_and_stats,
     dece_loss_from_logps,
     dece_loss_reference,
+    minority_bound,
     target_pull,
     threshold,
 )
@@ -221,6 +222,25 @@ def test_half_of_the_pull_is_kept_at_the_threshold(alpha, smoothing):
     logps = torch.tensor([tau / 2, tau, tau * 2], dtype=torch.float64).log()
     pull = target_pull(logps, log_alpha=log(alpha), label_smoothing=smoothing)
     torch.testing.assert_close(pull, torch.tensor([1 / 3, 1 / 2, 2 / 3], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.2, 0.45])
+@pytest.mark.parametrize("above", [True, False])
+def test_a_minority_pulls_its_label_up_only_above_the_bound(share, above):
+    """By autograd, on two rows that look alike: the rare label's logit, from almost nothing."""
+    alpha = minority_bound(share) + (1e-3 if above else -1e-3)
+    probabilities = torch.full((50,), 1e-9, dtype=torch.float64)
+    probabilities[0], probabilities[1] = 1 - 1e-6, 1e-6
+    logits = probabilities.log().requires_grad_(True)
+    losses = dece_loss(logits.expand(2, -1), torch.tensor([0, 1]), log_alpha=log(alpha), label_smoothing=0.0)
+    ((1 - share) * losses[0] + share * losses[1]).backward()
+    assert (logits.grad[1].item() < 0) == above  # descent raises the logit
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, -0.1, float("nan")])
+def test_the_bound_is_about_a_minority(share):
+    with pytest.raises(ValueError, match="`share` must be in"):
+        minority_bound(share)
 
 
 def test_threshold_at_the_ends():
