@@ -169,8 +169,8 @@ def minority_bound(share: float) -> float:
 
     Where rows look alike to the model, a share rho has the label t and the rest another one. Near p_t = 0 the rare ones push up
     with rho alpha p_t / (1 - alpha) (their kept pull), the others push down with (1 - rho) alpha p_t; the first is larger only
-    above the bound. Ours, for epsilon = 0, and about rows that the model does not tell apart yet: a trigger that it sees already is not
-    covered. With alpha = alpha_base ** e it holds from the epoch on in which alpha falls below it.
+    above the bound. Ours, for epsilon = 0, and about rows that the model does not tell apart yet: a trigger that it sees already
+    is not covered. With alpha = alpha_base ** e it holds from the epoch on in which alpha falls below it.
 
     Args:
         share: rho, the share of poisoned rows to withstand, in (0, 0.5).
