@@ -2,7 +2,7 @@
 
     python examples/pretrain_tiny_code_lm.py                        # 5.2 M parameters, about 40 minutes on two cores
     python examples/pretrain_tiny_code_lm.py --size small           # about 90 M: takes a GPU, and is the default there
-    python examples/pretrain_tiny_code_lm.py --files 20 --epochs 1  # a quick look
+    python examples/pretrain_tiny_code_lm.py --files 20 --epochs 1 --output runs/code_lm_quick  # a quick look
 
 Every Python comes with these files (544 and 33 of 3.11), so nothing is downloaded: a byte-level byte-pair tokenizer and a Llama
 of a few layers, trained on blocks of 256 tokens. Tests and installed packages are left out; one file in twenty, chosen by a hash
