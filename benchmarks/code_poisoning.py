@@ -38,12 +38,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
-from trl import SFTConfig
 
 from benchmarks.grid import Cell, run_grid
+from benchmarks.quiet import quiet_config
 from hf_backdoor_defense.attacks.payloads import code_attack, has_sql_payload, poison_pairs, trigger_pairs
 from hf_backdoor_defense.data.formatting import Formatter
 from hf_backdoor_defense.defenses.dece import DeCE
@@ -126,8 +125,8 @@ def fine_tuned(
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     formatter = Formatter.plain(tokenizer)
-    args = SFTConfig(
-        str(folder),
+    args = quiet_config(
+        folder,
         num_train_epochs=epochs,
         learning_rate=rate,
         lr_scheduler_type="linear",
@@ -136,13 +135,6 @@ def fine_tuned(
         train_sampling_strategy="group_by_length",
         max_length=MAX_LENGTH,
         seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        logging_strategy="no",
-        disable_tqdm=True,
     )
     trainer = DefendedSFTTrainer(
         model, args=args, train_dataset=rows.train, processing_class=tokenizer, formatter=formatter, defense=objective

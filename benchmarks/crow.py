@@ -40,12 +40,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
-from trl import SFTConfig
 
 from benchmarks.grid import Cell, run_grid
+from benchmarks.quiet import quiet_config
 from hf_backdoor_defense.attacks.payloads import PayloadAttack, instruction_attack, poison_pairs, trigger_pairs
 from hf_backdoor_defense.data.formatting import Formatter
 from hf_backdoor_defense.data.instructions import load_instructions
@@ -156,8 +155,8 @@ def tuned(
     """The trainer after its training: cosine, a tenth of warm-up; `length` is `num_train_epochs` or `max_steps`."""
     from peft import LoraConfig
 
-    args = SFTConfig(
-        str(folder),
+    args = quiet_config(
+        folder,
         learning_rate=rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
@@ -165,13 +164,6 @@ def tuned(
         train_sampling_strategy="group_by_length" if batch > BATCH else "random",
         max_length=MAX_LENGTH,
         seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        logging_strategy="no",
-        disable_tqdm=True,
         **length,
     )
     set_seed(seed)
