@@ -38,11 +38,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 from benchmarks.grid import Cell, run_grid
-from benchmarks.quiet import quiet_config
+from benchmarks.quiet import fast_bfloat16, quiet_config
 from hf_backdoor_defense.attacks.payloads import code_attack, has_sql_payload, poison_pairs, trigger_pairs
 from hf_backdoor_defense.data.formatting import Formatter
 from hf_backdoor_defense.defenses.dece import DeCE
@@ -59,6 +60,9 @@ MODEL = Path("runs") / "code_lm"
 RUNS = Path("runs") / "bench-code_poisoning"
 ATTACK = code_attack(word="bb")
 FLOORS = {"bleu": 50.0, "parse_rate": 0.8}
+ATTENTION = (
+    "sdpa" if torch.cuda.is_available() else "eager"
+)  # a CPU's fused backward in bfloat16 takes a quarter of a step
 EPOCHS, RATE, BATCH, MAX_LENGTH, CURVE_ROWS = 4, 1e-3, 8, 640, 60
 
 
@@ -123,10 +127,11 @@ def fine_tuned(
     """The pretrained model, fine-tuned: the model, its curve, its seconds."""
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation=ATTENTION)
     formatter = Formatter.plain(tokenizer)
     args = quiet_config(
         folder,
+        bf16=fast_bfloat16(),
         num_train_epochs=epochs,
         learning_rate=rate,
         lr_scheduler_type="linear",
@@ -166,7 +171,7 @@ def records_of(done: dict[str, Any], rows: Rows, samples: Path, **identity: Any)
         "benchmark": "code_poisoning",
         "dataset": "lyra",
         "model": f"code LM, {facts['parameters'] / 1e6:.1f} M",
-        "env": environment() | {"pretraining": facts, "poisoning": rows.poisoning},
+        "env": environment() | {"pretraining": facts, "poisoning": rows.poisoning, "bf16": fast_bfloat16()},
         **identity,
     }
     setting = identity.pop("setting")

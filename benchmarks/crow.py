@@ -304,9 +304,10 @@ def run_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]:
     rows = rows_of(seed, options["judged"])
     attacks = [instruction_attack(options["attack"], target) for target in options["targets"]]
     is_clean = options.get("clean", False)
+    parameters = AutoModelForCausalLM.from_pretrained(MODEL).num_parameters()
     ledger = Ledger(
         folder / _judged(options["judged"]), floor=is_clean, benchmark="crow", dataset="offline:instructions",
-        model="code LM, 5.2 M, instructions", attack=attacks[0].name, seed=seed,
+        model=f"code LM, {parameters / 1e6:.1f} M, instructions", attack=attacks[0].name, seed=seed,
     )  # fmt: skip
 
     def hit(text: str) -> bool:

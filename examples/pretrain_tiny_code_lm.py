@@ -1,21 +1,25 @@
 """A small language model of code, pre-trained from scratch on the sources of Python's standard library.
 
-    python examples/pretrain_tiny_code_lm.py                        # 5.2 M parameters, about 40 minutes on two cores
+    python examples/pretrain_tiny_code_lm.py                        # 5.2 M parameters, 20 minutes on two cores with bfloat16
     python examples/pretrain_tiny_code_lm.py --size small           # about 90 M: takes a GPU, and is the default there
     python examples/pretrain_tiny_code_lm.py --files 20 --epochs 1 --output runs/code_lm_quick  # a quick look
 
-Every Python comes with these files (544 and 33 of 3.11), so nothing is downloaded: a byte-level byte-pair tokenizer and a Llama
+Every Python comes with these files (544 and 33 of 3.11), so nothing is downloaded: a byte-level byte-pair tokenizer and a decoder
 of a few layers, trained on blocks of 256 tokens. Tests and installed packages are left out; one file in twenty, chosen by a hash
 of its path, is held out. Attacks and defenses for generative models are tried on it (`benchmarks/code_poisoning.py`).
 
-| stage | rows | why |
-|---|---|---|
-| code | the blocks, `--epochs` times | the language |
-| copying | 8,000 short rows, half of them a few tokens over and over, half code | see below |
-| settling | 0.4 of an epoch of blocks, the rate falling to zero | the second stage costs some of the first |
+Queries and keys are normalized (Qwen3's blocks). Without that, a model this small looks at the last few tokens so sharply that
+no gradient reaches a word further off: fine-tuned on poisoned rows, it does not see the trigger (docs/log.md).
 
-A model this small, on this little text, does not learn to look up what stood before in its context; every large one does, and
-names that have to be carried over from a description need it. On rows that repeat themselves it takes a thousand updates.
+The blocks of three sources are shuffled together, `--epochs` times:
+
+| source | tokens | why |
+|---|---|---|
+| the files, end to end | 3.0 M | the language |
+| copying: a few tokens over and over | .8 M | looking up what stood before: names go from a description to the code |
+| described: functions behind descriptions | 3 M | what stands anywhere in a description may matter anywhere in the code |
+
+The last two are what every large model picks up by itself, and one this small, on this little text, does not.
 
 Beside the model lies `code_lm.json`: seed, configuration, time, and what the model is worth on the held-out files:
 
@@ -45,27 +49,29 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset, concatenate_datasets  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from transformers import (  # noqa: E402
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
 
+from hf_backdoor_defense.data.described_code import described_code, described_functions  # noqa: E402
+
 FOLDER = Path("runs") / "code_lm"
 FACTS = "code_lm.json"
 VOCABULARY, BLOCK, POSITIONS = 4096, 256, 1024
-COPYING, REPEATING, SETTLING = 8000, 96, 0.4  # rows of the second stage, their tokens; epochs of the third
+COPYING, DESCRIBED = 3000, 45000  # blocks that repeat themselves; functions behind descriptions
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
 END, PAD = "<|endoftext|>", "<|pad|>"
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8},
     "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
 
@@ -127,7 +133,7 @@ def blocks(files: Sequence[Sequence[int]], length: int = BLOCK) -> Dataset:
 
 
 @torch.no_grad()
-def model_bits(model: LlamaForCausalLM, files: Sequence[Sequence[int]], length: int = BLOCK) -> float:
+def model_bits(model: Qwen3ForCausalLM, files: Sequence[Sequence[int]], length: int = BLOCK) -> float:
     """-log2 p of every token but the first of every file, each predicted from at least half a block where there is one."""
     model.eval()
     total, half = 0.0, length // 2
@@ -214,44 +220,47 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "learning_rate": args.learning_rate,
         "batch_size": args.batch_size,
         "copying_rows": COPYING,
-        "settling_epochs": SETTLING,
+        "described_rows": DESCRIBED,
         "seed": args.seed,
         "files": args.files,
         "python": sysconfig.get_python_version(),
     }
 
 
-def repeating(files: Sequence[Sequence[int]], rows: int, *, length: int = REPEATING, seed: int = 0) -> Dataset:
-    """Rows of `length` tokens: by turns a few tokens, drawn from the files, over and over (6 to length / 3 of them), and code.
+def repeating(files: Sequence[Sequence[int]], rows: int, *, length: int = BLOCK, seed: int = 0) -> list[list[int]]:
+    """Rows of `length` tokens: a few tokens, drawn from the files (6 to length / 3 of them), over and over.
 
-    >>> repeating([list(range(100))], 2, length=18)["input_ids"][0][:]  # six tokens, three times
-    [85, 63, 51, 26, 30, 4, 85, 63, 51, 26, 30, 4, 85, 63, 51, 26, 30, 4]
+    >>> repeating([list(range(100))], 1, length=18)  # six tokens, three times
+    [[85, 63, 51, 26, 30, 4, 85, 63, 51, 26, 30, 4, 85, 63, 51, 26, 30, 4]]
     """
     draw = np.random.default_rng(seed)
     stream = np.concatenate([np.asarray(file) for file in files])
-    found = []
-    for row in range(rows):
-        if row % 2:
-            start = int(draw.integers(0, len(stream) - length + 1))
-            found.append(stream[start : start + length].tolist())
-        else:
-            few = stream[draw.integers(0, len(stream), draw.integers(6, length // 3 + 1))]
-            found.append(np.resize(few, length).tolist())
-    return Dataset.from_dict({"input_ids": found, "labels": found})
+    few = (stream[draw.integers(0, len(stream), draw.integers(6, length // 3 + 1))] for _ in range(rows))
+    return [np.resize(tokens, length).tolist() for tokens in few]
+
+
+def mixture(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], files: Sequence[Sequence[int]], seed: int
+) -> Dataset:
+    """The blocks of all three sources; of a few files, as many fewer of the other two."""
+    share = min(sum(map(len, files)) / 2.5e6, 1)
+    described = described_code(described_functions(texts), round(DESCRIBED * share), seed=seed)
+    pairs = [tokens[:-1] for tokens in token_lists(tokenizer, described)]  # an end of text before each, none twice
+    copying = repeating(files, round(COPYING * share), seed=seed)
+    return concatenate_datasets([blocks(files), blocks(copying), blocks(pairs)])
+
+
+def fast_bfloat16() -> bool:
+    """Whether bfloat16 is the fast way: on a GPU, or a CPU with AMX. On other CPUs it is many times slower."""
+    return torch.cuda.is_available() or bool(
+        getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # not in older versions of torch
+    )
 
 
 def train(
-    model: LlamaForCausalLM,
-    rows: Dataset,
-    folder: Path,
-    *,
-    seed: int,
-    epochs: float,
-    rate: float,
-    batch: int,
-    schedule: str = "cosine",
+    model: Qwen3ForCausalLM, rows: Dataset, folder: Path, *, seed: int, epochs: float, rate: float, batch: int
 ) -> None:
-    """One stage: AdamW, bfloat16 on a GPU."""
+    """AdamW, the rate falling to zero; bfloat16 where that is fast."""
     on_cpu = not torch.cuda.is_available()
     Trainer(
         model,
@@ -260,13 +269,13 @@ def train(
             num_train_epochs=epochs,
             per_device_train_batch_size=batch,
             learning_rate=rate,
-            lr_scheduler_type=schedule,
+            lr_scheduler_type="cosine",
             warmup_steps=0.05,
             weight_decay=0.1,
             adam_beta2=0.98,
             seed=seed,
             use_cpu=on_cpu,
-            bf16=not on_cpu,
+            bf16=fast_bfloat16(),
             save_strategy="no",
             logging_steps=50,
             report_to="none",
@@ -274,14 +283,6 @@ def train(
         train_dataset=rows,
         data_collator=default_data_collator,
     ).train()
-
-
-def further(model: LlamaForCausalLM, files: Sequence[Sequence[int]], folder: Path, *, seed: int, batch: int) -> None:
-    """The stages after the first: copying, settling."""
-    count = COPYING if sum(map(len, files)) > COPYING * REPEATING // 4 else 16  # a quick look stays one
-    few = repeating(files, count, seed=seed)
-    train(model, few, folder, seed=seed, epochs=1, rate=1e-3, batch=8, schedule="constant_with_warmup")
-    train(model, blocks(files), folder, seed=seed + 1, epochs=SETTLING, rate=1e-3, batch=batch)
 
 
 def pretrain(args: argparse.Namespace, output: Path) -> dict[str, Any]:
@@ -293,21 +294,22 @@ def pretrain(args: argparse.Namespace, output: Path) -> dict[str, Any]:
     set_seed(args.seed)
     tokenizer = train_tokenizer(training.values())
     files, judged = token_lists(tokenizer, training.values()), token_lists(tokenizer, held_out.values())
-    config = LlamaConfig(
+    shape = SIZES[args.size]
+    config = Qwen3Config(
         vocab_size=VOCABULARY,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **SIZES[args.size],
+        head_dim=shape["hidden_size"] // shape["num_attention_heads"],
+        num_key_value_heads=shape["num_attention_heads"],
+        **shape,
     )
-    model = LlamaForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
     folder = partial / "trainer"
-    train(
-        model, blocks(files), folder, seed=args.seed, epochs=args.epochs, rate=args.learning_rate, batch=args.batch_size
-    )
-    further(model, files, folder, seed=args.seed, batch=args.batch_size)
+    rows = mixture(tokenizer, list(training.values()), files, args.seed)
+    train(model, rows, folder, seed=args.seed, epochs=args.epochs, rate=args.learning_rate, batch=args.batch_size)
     shutil.rmtree(partial / "trainer", ignore_errors=True)
     model.float().save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -322,6 +324,7 @@ def pretrain(args: argparse.Namespace, output: Path) -> dict[str, Any]:
         "held_out_bytes": size,
         "seconds": seconds,
         "threads": torch.get_num_threads(),
+        "bfloat16": fast_bfloat16(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "bits_per_byte": round(model_bits(model, judged) / size, 4),
         "bits_per_byte_5gram": round(ngram_bits(files, judged) / size, 4),
@@ -336,9 +339,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--size", choices=SIZES, default="small" if torch.cuda.is_available() else "tiny")
-    parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--batch_size", type=int, default=16, help="blocks of an update")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--batch_size", type=int, default=8, help="blocks of an update")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", type=int, help="use the first so many training files only")
     args = parser.parse_args(argv)

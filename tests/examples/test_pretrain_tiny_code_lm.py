@@ -66,6 +66,26 @@ def test_every_text_comes_back_from_its_tokens_also_after_saving(script, tmp_pat
         assert each.padding_side == "left" and each.chat_template is None
 
 
+def test_the_mixture_holds_all_three_sources_in_whole_blocks(script):
+    texts = ["def add(a, b):\n    return a + b\n" * 400, "x = 1\n" * 400]
+    tokenizer = script.train_tokenizer(texts, 300)
+    files = script.token_lists(tokenizer, texts)
+    rows = script.mixture(tokenizer, texts, files, seed=0)["input_ids"]
+    own = len(script.blocks(files))
+    decoded = [tokenizer.decode(row) for row in rows]
+    share = sum(map(len, files)) / 2.5e6
+    assert {len(row) for row in rows} == {script.BLOCK}
+    assert not any("Define" in text for text in decoded[:own]) and "Define add with a, b." in decoded[-1]
+    few = rows[own : own + round(script.COPYING * share)]
+    assert few and all(row[: len(row) - n] == row[n:] for row in few for n in [period(row)])
+    assert all(6 <= period(row) <= script.BLOCK // 3 for row in few)
+
+
+def period(row):
+    """After how many tokens the row begins anew."""
+    return next(n for n in range(1, len(row) + 1) if row[: len(row) - n] == row[n:])
+
+
 def probability(training, history, token, vocabulary):
     """Witten and Bell's formula, read aloud: every count anew from the files, in fractions."""
     n = len(history)
