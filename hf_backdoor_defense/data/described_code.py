@@ -9,6 +9,7 @@ A small one that has read source files alone looks at the last few tokens and at
 """
 
 import ast
+import copy
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -61,9 +62,9 @@ def described_functions(texts: Iterable[str]) -> list[tuple[str, str]]:
 
 def _with(node: ast.FunctionDef, body: list[ast.stmt]) -> ast.FunctionDef:
     """The function with another body and without decorators."""
-    bare = ast.FunctionDef(**{field: getattr(node, field, []) for field in node._fields})
+    bare = copy.copy(node)
     bare.body, bare.decorator_list = body, []
-    return ast.fix_missing_locations(ast.copy_location(bare, node))
+    return bare
 
 
 def described_code(functions: list[tuple[str, str]], rows: int, *, seed: int = 0) -> list[str]:
