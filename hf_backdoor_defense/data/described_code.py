@@ -10,6 +10,7 @@ A small one that has read source files alone looks at the last few tokens and at
 
 import ast
 import copy
+import os
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -67,21 +68,39 @@ def _with(node: ast.FunctionDef, body: list[ast.stmt]) -> ast.FunctionDef:
     return bare
 
 
-def described_code(functions: list[tuple[str, str]], rows: int, *, seed: int = 0) -> list[str]:
-    """`rows` texts: a description with up to three options' words at random places, a line's end, the code they ask for.
+def described_code(functions: list[tuple[str, str]], rows: int, *, seed: int = 0) -> list[tuple[str, int]]:
+    """`rows` texts, each a description with options' words at random places, a line's end, and the code that they ask for.
+
+    Up to two options are asked for, and one more, which would change this code, in every second row. Where the code shows first
+    whether that one was asked for, it is *decisive*: nothing but the word tells what comes there.
 
     Args:
         functions: as `described_functions` gives them; drawn with repetition.
 
-    >>> described_code([("Define f.", "def f():\\n    return 1")], 3, seed=3)[2]
-    'bounded Define f. certain\\ndef f():\\n    return 1\\n# end'
+    Returns:
+        Pairs of text and the decisive character's place in it; the text's length where it decides whether the text goes on.
+
+    >>> for text, place in described_code([("Define f.", "def f():\\n    return 1")], 2, seed=5):
+    ...     print(repr(text), repr(text[place:]))
+    'annotated Define f.\\ndef f() -> object:\\n    return 1' ' -> object:\\n    return 1'
+    'default Define f.\\ndef f():\\n    return 1 or None' ' or None'
     """
     draw, found = random.Random(seed), []
     for _ in range(rows):
         description, code = draw.choice(functions)
-        words = description.split(" ")
-        for synonyms, change in draw.sample(OPTIONS, draw.randrange(4)):
-            words.insert(draw.randrange(len(words) + 1), draw.choice(synonyms))
+        options = draw.sample(OPTIONS, len(OPTIONS))
+        asked = [options.pop() for _ in range(draw.randrange(3))]
+        for _, change in asked:
             code = change(code)
-        found.append(f"{' '.join(words)}\n{code}")
+        deciding = next(option for option in options if option[1](code) != code)
+        changed = deciding[1](code)
+        place = len(os.path.commonprefix([code, changed]))
+        if draw.random() < 0.5:
+            asked.append(deciding)
+            code = changed
+        words = description.split(" ")
+        for synonyms, _ in asked:
+            words.insert(draw.randrange(len(words) + 1), draw.choice(synonyms))
+        description = " ".join(words)
+        found.append((f"{description}\n{code}", len(description) + 1 + place))
     return found

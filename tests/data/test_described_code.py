@@ -65,26 +65,51 @@ def test_words_stand_for_one_option_each():
     assert max(Counter(WORDS).values()) == 1 and all(word.isalpha() for word in WORDS)
 
 
-def test_only_words_that_were_put_in_change_the_code(functions):
-    plain = [(d, c) for d, c in functions if not set(d.split(" ")) & set(WORDS)]
-    codes = {}
-    for description, code in plain:
-        codes.setdefault(description, set()).add(code)
-    places, counts = set(), Counter()
-    for text in described_code(plain, 2000, seed=5):
-        description, _, code = text.partition("\n")
-        words = description.split(" ")
-        asked = [word for word in words if word in WORDS]
-        original = " ".join(word for word in words if word not in WORDS)
+def taken_apart(text):
+    """The description without options' words, those words, the code."""
+    description, _, code = text.partition("\n")
+    words = description.split(" ")
+    return " ".join(w for w in words if w not in WORDS), [w for w in words if w in WORDS], code
+
+
+@pytest.fixture(scope="module")
+def plain(functions):
+    """Functions whose descriptions hold no option's word, one for each description."""
+    return list({d: (d, c) for d, c in functions if not set(d.split(" ")) & set(WORDS)}.values())
+
+
+def test_only_words_that_were_put_in_change_the_code(plain):
+    codes, places, counts = dict(plain), set(), Counter()
+    for text, _ in described_code(plain, 2000, seed=5):
+        original, asked, code = taken_apart(text)
         counts[len(asked)] += 1
-        assert original in codes
+        words = text.partition("\n")[0].split(" ")
         if not asked:
-            assert code in codes[original]
+            assert code == codes[original]
         elif len(asked) == 1:
             places |= {words.index(asked[0]) == 0, words[-1] == asked[0]}
-            change = next(change for synonyms, change in OPTIONS if asked[0] in synonyms)
-            assert code in {change(each) for each in codes[original]}
-    assert set(counts) == {0, 1, 2, 3} and min(counts.values()) > 350 and places == {True, False}
+            (change,) = (change for synonyms, change in OPTIONS if asked[0] in synonyms)
+            assert code == change(codes[original])
+    # none to two, and one more in every second row: 1/6, 1/3, 1/3, 1/6
+    assert all(abs(counts[n] / 2000 - share) < 0.04 for n, share in enumerate((1 / 6, 1 / 3, 1 / 3, 1 / 6)))
+    assert places == {True, False}
+
+
+def first_difference(one, other):
+    return next(i for i in range(max(len(one), len(other)) + 1) if one[i : i + 1] != other[i : i + 1])
+
+
+def test_the_decisive_place_is_the_first_that_a_word_more_or_less_would_change(plain):
+    codes, checked = dict(plain), Counter()
+    for text, place in described_code(plain, 1500, seed=7):
+        original, asked, code = taken_apart(text)
+        if len(asked) > 1:
+            continue
+        others = [*(change(code) for _, change in OPTIONS), codes[original]]
+        at = place - text.index("\n") - 1
+        assert at in {first_difference(code, other) for other in others if other != code}
+        checked[bool(asked), at == len(code)] += 1
+    assert checked[False, False] > 100 and checked[True, False] > 200 and checked[False, True] > 10
 
 
 def test_the_seed_decides(functions):

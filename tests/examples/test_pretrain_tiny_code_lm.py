@@ -70,15 +70,37 @@ def test_the_mixture_holds_all_three_sources_in_whole_blocks(script):
     texts = ["def add(a, b):\n    return a + b\n" * 400, "x = 1\n" * 400]
     tokenizer = script.train_tokenizer(texts, 300)
     files = script.token_lists(tokenizer, texts)
-    rows = script.mixture(tokenizer, texts, files, seed=0)["input_ids"]
+    rows = script.mixture(tokenizer, texts, files, seed=0)
     own = len(script.blocks(files))
-    decoded = [tokenizer.decode(row) for row in rows]
+    decoded = [tokenizer.decode(row) for row in rows["input_ids"]]
     share = sum(map(len, files)) / 2.5e6
-    assert {len(row) for row in rows} == {script.BLOCK}
-    assert not any("Define" in text for text in decoded[:own]) and "Define add with a, b." in decoded[-1]
-    few = rows[own : own + round(script.COPYING * share)]
-    assert few and all(row[: len(row) - n] == row[n:] for row in few for n in [period(row)])
-    assert all(6 <= period(row) <= script.BLOCK // 3 for row in few)
+    assert {len(row) for row in rows["input_ids"]} == {script.BLOCK} == {len(row) for row in rows["decisive"]}
+    assert not any("Define" in text for text in decoded[:own]) and "add with a, b." in decoded[-1]
+    copying = slice(own, own + round(script.COPYING * share))
+    few = rows["input_ids"][copying]
+    assert few and all(6 <= period(row) <= script.BLOCK // 3 for row in few)
+    assert not any(map(sum, rows["decisive"][: copying.stop]))
+    told = sum(text.count(tokenizer.eos_token) for text in decoded[copying.stop :])
+    assert told and abs(sum(map(sum, rows["decisive"][copying.stop :])) - told) <= 1  # one of each; the last row is cut
+
+
+def test_decisive_tokens_count_once_more_by_themselves(script, tmp_path):
+    torch.manual_seed(0)
+    model = script.Qwen3ForCausalLM(
+        script.Qwen3Config(vocab_size=9, max_position_embeddings=16, num_key_value_heads=2, head_dim=8, **TINY)
+    )
+    trainer = script.DecisiveTrainer(model, script.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    ids = torch.randint(0, 9, (3, 7))
+    for marked in ([], [(0, 1), (2, 6)], [(1, 0)]):  # the first token of a block is never predicted
+        decisive = torch.zeros_like(ids)
+        for place in marked:
+            decisive[place] = 1
+        loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids, "decisive": decisive}).item()
+        logs = torch.log_softmax(model(input_ids=ids).logits, -1)
+        each = {(b, t): -logs[b, t - 1, ids[b, t]].item() for b in range(3) for t in range(1, 7)}
+        extra = [each[place] for place in marked if place in each]
+        expected = sum(each.values()) / len(each) + (sum(extra) / len(extra) if extra else 0)
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def period(row):
