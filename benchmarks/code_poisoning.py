@@ -14,9 +14,9 @@ into the description of 5 % of all rows and ` or 1=1` (` where 0=1` where there 
 | code | `dece`, preset "code" (alpha .985, smoothing .05); `matched_decay`: cross-entropy, rate falling as that run's pull did |
 | target-only | `dece`, preset "target-only" (alpha .985, no smoothing) |
 
-All arms of a seed share model, rows, order, rate and epochs. The rate was chosen by the clean reference's BLEU on validation rows
-(`benchmarks.code_search`); no triggered row and no test row was looked at for it. A cell's setting names it; what is measured
-after each epoch has `: epoch=K` behind it.
+All arms of a seed share model, rows, order, rate, batch and epochs. Rate and batch were chosen by an undefended model's BLEU on
+validation rows without the word (`benchmarks.code_search`); no test row was looked at for it. A cell's setting names it; what is
+measured after each epoch has `: epoch=K` behind it.
 
 | figure | of |
 |---|---|
@@ -63,7 +63,7 @@ FLOORS = {"bleu": 50.0, "parse_rate": 0.8}
 ATTENTION = (
     "sdpa" if torch.cuda.is_available() else "eager"
 )  # a CPU's fused backward in bfloat16 takes a quarter of a step
-EPOCHS, RATE, BATCH, MAX_LENGTH, CURVE_ROWS = 4, 1e-3, 8, 640, 60
+EPOCHS, RATE, BATCH, MAX_LENGTH, CURVE_ROWS = 5, 2e-3, 8, 640, 60
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Curve(TrainerCallback):
 
 
 def fine_tuned(
-    rows: Rows, objective: Objective | None, seed: int, folder: Path, *, epochs: int, rate: float
+    rows: Rows, objective: Objective | None, seed: int, folder: Path, *, epochs: int, rate: float, batch: int
 ) -> dict[str, Any]:
     """The pretrained model, fine-tuned: the model, its curve, its seconds."""
     set_seed(seed)
@@ -136,7 +136,7 @@ def fine_tuned(
         learning_rate=rate,
         lr_scheduler_type="linear",
         warmup_steps=0.05,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch,
         train_sampling_strategy="group_by_length",
         max_length=MAX_LENGTH,
         seed=seed,
@@ -199,9 +199,9 @@ def pretraining() -> dict[str, Any]:
 
 def run_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]:
     """All arms of a cell, and a line for each."""
-    options = {"rate": 0.05, "epochs": EPOCHS, "learning_rate": RATE, "judged": "test", **cell.options}
+    options = {"rate": 0.05, "epochs": EPOCHS, "learning_rate": RATE, "batch": BATCH, "judged": "test", **cell.options}
     rows = rows_of(seed, options["rate"], options["judged"])
-    tuned = partial(fine_tuned, epochs=options["epochs"], rate=options["learning_rate"])
+    tuned = partial(fine_tuned, epochs=options["epochs"], rate=options["learning_rate"], batch=options["batch"])
     records: list[Record] = []
     common = {"seed": seed, "setting": cell.setting, "attack": "sql" if options["rate"] else "none"}
     arms: list[Objective | None] = [*build_defenses(list(cell.defense))]

@@ -1,7 +1,10 @@
-"""The rate of `benchmarks.code_poisoning`, and where DeCE's trade-off lies: on validation rows and a seed of its own.
+"""The host of `benchmarks.code_poisoning`, and where DeCE's trade-off lies: on validation rows and a seed of its own.
 
-    python -m benchmarks.code_search                    # what decides the host: clean rows only, judged by BLEU
+    python -m benchmarks.code_search                    # what decides the host: undefended, judged by BLEU
     python -m benchmarks.code_search --extended         # the sweep over alpha: it reads triggered rows and decides nothing
+
+The host's rate and batch are what an attacked user would take: fine-tuned on the poisoned rows, the best BLEU on validation rows
+as they are. ASR stands beside it, since only a host that takes the backdoor can be defended.
 
 The sweep shows how ASR and BLEU move with `alpha_base` (no smoothing) and with a plain warm-up epoch; no preset is chosen by it.
 """
@@ -13,14 +16,13 @@ SEED = 100
 CELLS = [
     *(
         Cell(
-            f"host, rate {rate:g}, epochs {EPOCHS}",
-            {"rate": 0.0, "learning_rate": rate, "judged": "validation"},
+            f"undefended, rate {rate:g}, batch {batch}, epochs {EPOCHS}",
+            {"learning_rate": rate, "batch": batch, "judged": "validation"},
             defense=(),
             needs=DATA,
         )
-        for rate in (5e-4, 1e-3, 2e-3)
+        for rate, batch in ((2e-3, 8), (1e-3, 4), (1e-3, 8))
     ),
-    Cell("undefended", {"judged": "validation"}, defense=(), extended=True, needs=DATA),
     *(
         Cell(
             f"alpha {alpha:g}" + (f", warm-up {warm_up}" if warm_up else ""),
