@@ -78,7 +78,7 @@ bench-scaling: $(STAMP) ## samples per second with one process and with two, and
 bench-hub: $(STAMP) ## a push with evidence beside huggingface_hub's own upload, and a card; over loopback
 	$(BIN)/python -m benchmarks.hub
 
-code-lm: $(STAMP) ## a small language model of code, pre-trained on Python's standard library; 20 to 40 minutes, once; SIZE=small on a GPU
+code-lm: $(STAMP) ## a small language model of code, pre-trained on Python's standard library; 20 to 50 minutes, once; SIZE=small on a GPU
 	$(BIN)/python examples/pretrain_tiny_code_lm.py $(if $(SIZE),--size $(SIZE))
 
 bench-code: code-lm ## DeCE on poisoned text-to-code rows, beside its controls; ONLY=cell, EXTENDED=1

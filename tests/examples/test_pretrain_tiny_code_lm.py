@@ -84,7 +84,7 @@ def test_the_mixture_holds_all_three_sources_in_whole_blocks(script):
     assert told and abs(sum(map(sum, rows["decisive"][copying.stop :])) - told) <= 1  # one of each; the last row is cut
 
 
-def test_decisive_tokens_count_once_more_by_themselves(script, tmp_path):
+def test_a_decisive_token_counts_as_so_many_others(script, tmp_path):
     torch.manual_seed(0)
     model = script.Qwen3ForCausalLM(
         script.Qwen3Config(vocab_size=9, max_position_embeddings=16, num_key_value_heads=2, head_dim=8, **TINY)
@@ -98,8 +98,8 @@ def test_decisive_tokens_count_once_more_by_themselves(script, tmp_path):
         loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids, "decisive": decisive}).item()
         logs = torch.log_softmax(model(input_ids=ids).logits, -1)
         each = {(b, t): -logs[b, t - 1, ids[b, t]].item() for b in range(3) for t in range(1, 7)}
-        extra = [each[place] for place in marked if place in each]
-        expected = sum(each.values()) / len(each) + (sum(extra) / len(extra) if extra else 0)
+        counted = [value for place, value in each.items() for _ in range(script.DECISIVE if place in marked else 1)]
+        expected = sum(counted) / len(each)
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
