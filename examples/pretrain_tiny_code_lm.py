@@ -1,6 +1,6 @@
 """A small language model of code, pre-trained from scratch on the sources of Python's standard library.
 
-    python examples/pretrain_tiny_code_lm.py                        # 5.2 M parameters: two cores, 20 to 50 minutes (bfloat16 or not)
+    python examples/pretrain_tiny_code_lm.py                        # 5.2 M parameters, two cores: 20 to 50 minutes
     python examples/pretrain_tiny_code_lm.py --size small           # about 90 M: takes a GPU, and is the default there
     python examples/pretrain_tiny_code_lm.py --files 20 --epochs 1 --output runs/code_lm_quick  # a quick look
 
