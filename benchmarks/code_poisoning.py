@@ -119,6 +119,7 @@ class Curve(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         texts = generate(self.model, self.tokenizer, self.prompts, max_new_tokens=200)
         self.values.append(wilson(sum(map(has_sql_payload, texts)), len(texts)))
+        print(f"epoch {round(state.epoch)}: asr {self.values[-1].value:.2f}", flush=True)
 
 
 def fine_tuned(
