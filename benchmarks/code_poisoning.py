@@ -63,7 +63,7 @@ FLOORS = {"bleu": 50.0, "parse_rate": 0.8}
 ATTENTION = (
     "sdpa" if torch.cuda.is_available() else "eager"
 )  # a CPU's fused backward in bfloat16 takes a quarter of a step
-EPOCHS, RATE, BATCH, MAX_LENGTH, CURVE_ROWS = 5, 2e-3, 8, 640, 60
+EPOCHS, RATE, BATCH, MAX_LENGTH, CURVE_ROWS = 7, 2e-3, 8, 640, 60
 
 
 @dataclass(frozen=True)
