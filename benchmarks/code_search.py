@@ -16,12 +16,12 @@ SEED = 100
 CELLS = [
     *(
         Cell(
-            f"undefended, rate {rate:g}, batch {batch}, epochs {EPOCHS}",
-            {"learning_rate": rate, "batch": batch, "judged": "validation"},
+            f"undefended, rate {rate:g}, batch {batch}, epochs {epochs}",
+            {"learning_rate": rate, "batch": batch, "epochs": epochs, "judged": "validation"},
             defense=(),
             needs=DATA,
         )
-        for rate, batch in ((2e-3, 8), (1e-3, 4), (1e-3, 8))
+        for rate, batch, epochs in ((2e-3, 8, 5), (2e-3, 8, EPOCHS), (1e-3, 8, EPOCHS), (1e-3, 4, EPOCHS))
     ),
     *(
         Cell(
