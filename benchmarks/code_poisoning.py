@@ -14,9 +14,10 @@ into the description of 5 % of all rows and ` or 1=1` (` where 0=1` where there 
 | code | `dece`, preset "code" (alpha .985, smoothing .05); `matched_decay`: cross-entropy, rate falling as that run's pull did |
 | target-only | `dece`, preset "target-only" (alpha .985, no smoothing) |
 
-All arms of a seed share model, rows, order, rate, batch and epochs. Rate and batch were chosen by an undefended model's BLEU on
-validation rows without the word (`benchmarks.code_search`); no test row was looked at for it. A cell's setting names it; what is
-measured after each epoch has `: epoch=K` behind it.
+All arms of a seed share model, rows, order, rate, batch and epochs. Rate and batch come from trials by hand (docs/log.md), which
+`benchmarks.code_search` repeats on validation rows; the epochs are as many as the undefended model needs to take the backdoor
+there. No test row was looked at for them, and no defense. A cell's setting names it; what is measured after each epoch has
+`: epoch=K` behind it.
 
 | figure | of |
 |---|---|

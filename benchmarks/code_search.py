@@ -3,10 +3,11 @@
     python -m benchmarks.code_search                    # what decides the host: undefended, judged by BLEU
     python -m benchmarks.code_search --extended         # the sweep over alpha: it reads triggered rows and decides nothing
 
-The host's rate and batch are what an attacked user would take: fine-tuned on the poisoned rows, the best BLEU on validation rows
-as they are. ASR stands beside it, since only a host that takes the backdoor can be defended.
+The host's rate and batch are to be what an attacked user would take: fine-tuned on the poisoned rows, the best BLEU on validation
+rows as they are. ASR stands beside it and decides the epochs alone, since only a host that takes the backdoor can be defended.
 
 The sweep shows how ASR and BLEU move with `alpha_base` (no smoothing) and with a plain warm-up epoch; no preset is chosen by it.
+Its control is the undefended cell with the benchmark's own rate, batch and epochs.
 """
 
 from benchmarks.code_poisoning import DATA, EPOCHS, pretraining, run_cell
