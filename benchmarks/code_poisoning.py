@@ -64,7 +64,8 @@ FLOORS = {"bleu": 50.0, "parse_rate": 0.8}
 ATTENTION = (
     "sdpa" if torch.cuda.is_available() else "eager"
 )  # a CPU's fused backward in bfloat16 takes a quarter of a step
-EPOCHS, RATE, BATCH, MAX_LENGTH, CURVE_ROWS = 7, 2e-3, 8, 640, 60
+EPOCHS, RATE, BATCH, MAX_LENGTH, CURVE_ROWS = 10, 2e-3, 8, 640, 60
+SCHEDULE = "warmup_stable_decay"  # full rate until the last quarter of the updates, which takes it to 0
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,18 @@ class Curve(TrainerCallback):
 
 
 def fine_tuned(
-    rows: Rows, objective: Objective | None, seed: int, folder: Path, *, epochs: int, rate: float, batch: int
+    rows: Rows,
+    objective: Objective | None,
+    seed: int,
+    folder: Path,
+    *,
+    epochs: int,
+    rate: float,
+    batch: int,
+    schedule: str = SCHEDULE,
 ) -> dict[str, Any]:
     """The pretrained model, fine-tuned: the model, its curve, its seconds."""
+    updates = epochs * -(-len(rows.train) // batch)
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation=ATTENTION)
@@ -136,7 +146,8 @@ def fine_tuned(
         bf16=fast_bfloat16(),
         num_train_epochs=epochs,
         learning_rate=rate,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs={"num_decay_steps": updates // 4} if schedule == "warmup_stable_decay" else None,
         warmup_steps=0.05,
         per_device_train_batch_size=batch,
         train_sampling_strategy="group_by_length",
@@ -201,9 +212,11 @@ def pretraining() -> dict[str, Any]:
 
 def run_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]:
     """All arms of a cell, and a line for each."""
-    options = {"rate": 0.05, "epochs": EPOCHS, "learning_rate": RATE, "batch": BATCH, "judged": "test", **cell.options}
+    options = {"rate": 0.05, "epochs": EPOCHS, "learning_rate": RATE, "batch": BATCH, "schedule": SCHEDULE}
+    options |= {"judged": "test", **cell.options}
     rows = rows_of(seed, options["rate"], options["judged"])
-    tuned = partial(fine_tuned, epochs=options["epochs"], rate=options["learning_rate"], batch=options["batch"])
+    chosen = {name: options[name] for name in ("epochs", "batch", "schedule")}
+    tuned = partial(fine_tuned, rate=options["learning_rate"], **chosen)
     records: list[Record] = []
     common = {"seed": seed, "setting": cell.setting, "attack": "sql" if options["rate"] else "none"}
     arms: list[Objective | None] = [*build_defenses(list(cell.defense))]
