@@ -277,6 +277,10 @@ CELLS = [
     Cell("DeCE on clean rows", {"rate": 0.0}, defense=(CODE,), extended=True, needs=DATA),
     *(Cell(name, defense=(name,), extended=True, needs=DATA) for name in ("gce", "in_trust", "focal", "smoothed")),
     Cell("moderate fitting", {"learning_rate": RATE / 10}, defense=(), extended=True, needs=DATA),
+    Cell("undefended, 7 epochs", {"epochs": 7}, defense=(), extended=True, needs=DATA),
+    Cell(
+        "undefended, 7 epochs, falling rate", {"epochs": 7, "schedule": "linear"}, defense=(), extended=True, needs=DATA
+    ),
     Cell("undefended, 1 %", {"rate": 0.01}, defense=(), extended=True, needs=DATA),
     Cell("code, 1 %", {"rate": 0.01}, defense=(CODE,), extended=True, needs=DATA),
 ]

@@ -10,19 +10,24 @@ The sweep shows how ASR and BLEU move with `alpha_base` (no smoothing) and with 
 Its control is the undefended cell with the benchmark's own rate, batch and epochs.
 """
 
-from benchmarks.code_poisoning import DATA, EPOCHS, pretraining, run_cell
+from benchmarks.code_poisoning import DATA, EPOCHS, SCHEDULE, pretraining, run_cell
 from benchmarks.grid import Cell, run_grid
 
 SEED = 100
 CELLS = [
     *(
         Cell(
-            f"undefended, rate {rate:g}, batch {batch}, epochs {epochs}",
-            {"learning_rate": rate, "batch": batch, "epochs": epochs, "judged": "validation"},
+            f"undefended, rate {rate:g} {'falling' if schedule == 'linear' else 'held'}, batch {batch}, epochs {epochs}",
+            {"learning_rate": rate, "batch": batch, "epochs": epochs, "schedule": schedule, "judged": "validation"},
             defense=(),
             needs=DATA,
         )
-        for rate, batch, epochs in ((2e-3, 8, 5), (2e-3, 8, EPOCHS), (1e-3, 8, EPOCHS), (1e-3, 4, EPOCHS))
+        for rate, schedule, batch, epochs in (
+            (2e-3, "linear", 8, 5),
+            (2e-3, SCHEDULE, 8, EPOCHS),
+            (1e-3, SCHEDULE, 8, EPOCHS),
+            (1e-3, SCHEDULE, 4, EPOCHS),
+        )
     ),
     *(
         Cell(

@@ -40,6 +40,8 @@ EXTENDED: dict[Arm, str] = {
     ("smoothed", "smoothed"): "label smoothing",
     ("moderate fitting", "undefended"): "moderate fitting: a tenth of the rate",
     ("DeCE on clean rows", "dece"): "DeCE, preset `code`, on clean rows",
+    ("undefended, 7 epochs", "undefended"): "undefended, 7 epochs",
+    ("undefended, 7 epochs, falling rate", "undefended"): "undefended, 7 epochs, the rate falling from the start",
     ("undefended, 1 %", "undefended"): "undefended, 1 % poisoned",
     ("code, 1 %", "dece"): "DeCE, preset `code`, 1 % poisoned",
 }
@@ -59,6 +61,7 @@ FIGURES = {  # metric: (title, digits)
 }
 BLEU_FLOOR, PARSE_FLOOR = 50.0, 0.8  # of the clean reference, or no ASR counts
 ATTACK, DEFENDED, BLEU_LOST = 0.90, 0.10, 1.0
+COUNTS = 0.80  # an undefended ASR below it tests no defense
 _ROUNDING = 1e-9
 _EPOCH = re.compile(r"(?P<cell>.*): epoch=(?P<epoch>\d+)$")
 
@@ -70,15 +73,15 @@ def code_records() -> list[Record]:
 
 def short_table(records: list[Record]) -> str:
     """README: the core arms, with the ASR of every seed, and the goals."""
-    if not records:
+    found = [r for r in records if (r.setting, r.defense) in CORE]
+    if not found:
         return NOT_RUN.format("bench-code")
-    seeds, rows = _seeds(records), []
+    seeds, rows = _seeds(found), []
     for arm, title in CORE.items():
         of = _of(records, arm)
         shown = [interval(of(m), FIGURES[m][1]) for m in ("bleu", "exact_match", "parse_rate")]
         rows.append([title, *shown, _each(of("asr"), seeds), mean(of("untriggered_hits"), 2)])
     head = ["fine-tuned with", "BLEU", "exact match", "parses", "ASR by seed", "payload without trigger"]
-    found = [r for r in records if (r.setting, r.defense) in CORE]
     return f"{grid(head, rows)}\n\n{goals(records)}\n\n{_about(found)} {measured_at(found)}"
 
 
@@ -107,7 +110,7 @@ def goals(records: list[Record]) -> str:
     if parts := [judged(what, by, bound, at_least=True, digits=digits) for what, by, bound, digits in floors if by]:
         said.append(f"Clean reference: {', '.join(parts)}; its ASR, the floor: {mean(clean('asr'), 3)}.")
     if before := values(attacked("asr")):
-        weak = "" if _mean(before) >= ATTACK - _ROUNDING else ": the attack is too weak to test a defense with"
+        weak = "" if _mean(before) >= COUNTS - _ROUNDING else f": below {COUNTS:g} the attack tests no defense"
         said.append(f"Undefended: {judged('ASR', before, ATTACK, at_least=True)}{weak}.")
     for arm, title in DECE.items():
         of = _of(records, arm)

@@ -92,6 +92,14 @@ def test_an_arm_or_a_seed_that_was_not_run_is_shown_as_missing():
     assert "preliminary" not in tables_generation.short_table(records())
 
 
+def test_records_of_other_arms_alone_are_no_result_of_the_core():
+    other = [Record("code_poisoning", "lyra", "m", "sql", "undefended", "undefended, 7 epochs", 0, "asr", 0.5)]
+    assert tables_generation.short_table(other) == tables_generation.short_table([])
+    assert tables_generation.goals(other) == ""
+    rows = table(tables_generation.full_tables(other), "fine-tuned with")
+    assert rows["undefended, 7 epochs"]["ASR"] == "0.50" and rows["undefended"]["ASR"] == "–"
+
+
 @pytest.mark.parametrize(
     "levels, wanted",
     [
@@ -100,7 +108,8 @@ def test_an_arm_or_a_seed_that_was_not_run_is_shown_as_missing():
             "Clean reference: BLEU 71.0 (at least 50: met), parses 0.900 (at least 0.8: met); its ASR, the floor: 0.003.",
         ),
         ({}, "Undefended: ASR 0.960 (at least 0.9: met)."),
-        ({"undefended_undefended": (70.5, 0.8, ())}, "0.800 (at least 0.9: missed): the attack is too weak to test"),
+        ({"undefended_undefended": (70.5, 0.8, ())}, "Undefended: ASR 0.800 (at least 0.9: missed). DeCE"),
+        ({"undefended_undefended": (70.5, 0.7, ())}, "0.700 (at least 0.9: missed): below 0.8 the attack tests no"),
         ({"clean_undefended": (49.0, 0.0, ())}, "BLEU 49.0 (at least 50: missed)"),
         ({}, "preset `code`: ASR 0.020 (at most 0.1: met), BLEU lost against undefended 0.30 (at most 1: met)"),
         (
