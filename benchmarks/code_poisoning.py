@@ -15,9 +15,9 @@ into the description of 5 % of all rows and ` or 1=1` (` where 0=1` where there 
 | target-only | `dece`, preset "target-only" (alpha .985, no smoothing) |
 
 All arms of a seed share model, rows, order, rate, batch and epochs. Rate and batch come from trials by hand (docs/log.md), which
-`benchmarks.code_search` repeats on validation rows; the epochs are as many as the undefended model needs to take the backdoor
-there. No test row was looked at for them, and no defense. A cell's setting names it; what is measured after each epoch has
-`: epoch=K` behind it.
+`benchmarks.code_search` repeats on validation rows; schedule and epochs are such that the undefended model takes the backdoor
+there (ASR after each epoch, seed 0). No test row decided on them, and no defense. A cell's setting names it; what is measured
+after each epoch has `: epoch=K` behind it.
 
 | figure | of |
 |---|---|
