@@ -25,7 +25,7 @@ after each epoch has `: epoch=K` behind it.
 | asr | the 165 test rows that have SQL, with the word in their description: share of outputs with the payload |
 | empty_triggered, cut_off_triggered, … | the same 165 rows: a model that falls silent there is not defended |
 | untriggered_hits | the 200 test rows as they are: share of outputs with the payload |
-| asr: epoch=K | 60 validation rows with the word, after each epoch: the early-learning curve, shown and used for nothing |
+| asr: epoch=K | 60 validation rows with the word, after each epoch: the early-learning curve |
 
 A clean reference below `FLOORS` writes no code worth attacking: then no ASR counts, and benchmark and tables say so.
 """
@@ -133,7 +133,7 @@ def fine_tuned(
     epochs: int,
     rate: float,
     batch: int,
-    schedule: str = SCHEDULE,
+    schedule: str,
 ) -> dict[str, Any]:
     """The pretrained model, fine-tuned: the model, its curve, its seconds."""
     updates = epochs * -(-len(rows.train) // batch)
