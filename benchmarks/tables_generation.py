@@ -206,7 +206,10 @@ def _curve_table(records: list[Record], arms: dict[Arm, str], epochs: list[int])
         if any(by_epoch):
             rows.append([title, *(_each(found, seeds) for found in by_epoch)])
     rows_behind = sorted({r.n for r in records if _EPOCH.match(r.setting) and r.n})
-    note = f"By seed, on {' or '.join(map(str, rows_behind))} triggered validation rows. Seed 0 undefended decided on schedule and epochs (log.md); no arm of a defense decided on anything."
+    note = (
+        f"By seed, on {' or '.join(map(str, rows_behind))} triggered validation rows. "
+        "Seed 0 undefended decided on schedule and epochs (log.md); no arm of a defense decided on anything."
+    )
     return f"{grid(['fine-tuned with', *(f'epoch {epoch}' for epoch in epochs)], rows)}\n\n{note}"
 
 
