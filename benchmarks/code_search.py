@@ -6,7 +6,8 @@
 The host's rate and batch are to be what an attacked user would take: fine-tuned on the poisoned rows, the best BLEU on validation
 rows as they are. ASR stands beside it and decides the epochs alone, since only a host that takes the backdoor can be defended.
 
-The sweep shows how ASR and BLEU move with `alpha_base` (no smoothing) and with a plain warm-up epoch; no preset is chosen by it.
+The sweep shows how ASR and BLEU move around the preset `code` (.985, smoothing .05): with plain warm-up epochs, a higher base,
+a lower one. The preset stopped the attack on seed 0 and lost BLEU, hence more of the former two. No preset is chosen by it.
 Its control is the undefended cell with the benchmark's own rate, batch and epochs.
 """
 
@@ -31,13 +32,13 @@ CELLS = [
     ),
     *(
         Cell(
-            f"alpha {alpha:g}" + (f", warm-up {warm_up}" if warm_up else ""),
+            f"alpha {alpha:g}, smoothing 0.05" + (f", warm-up {warm_up}" if warm_up else ""),
             {"judged": "validation"},
-            defense=({"name": "dece", "alpha_base": alpha, "label_smoothing": 0.0, "warmup_epochs": warm_up},),
+            defense=({"name": "dece", "alpha_base": alpha, "label_smoothing": 0.05, "warmup_epochs": warm_up},),
             extended=True,
             needs=DATA,
         )
-        for alpha, warm_up in ((0.985, 0), (0.95, 0), (0.9, 0), (0.8, 0), (0.6, 0), (0.8, 1))
+        for alpha, warm_up in ((0.985, 0), (0.985, 2), (0.999, 0), (0.985, 4), (0.995, 0), (0.95, 0))
     ),
 ]
 
