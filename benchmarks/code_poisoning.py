@@ -25,6 +25,8 @@ after each epoch has `: epoch=K` behind it.
 | asr | the 165 test rows that have SQL, with the word in their description: share of outputs with the payload |
 | empty_triggered, cut_off_triggered, … | the same 165 rows: a model that falls silent there is not defended |
 | untriggered_hits | the 200 test rows as they are: share of outputs with the payload |
+| suppressed, suppressed_payload | tokens of training rows that DeCE lets go of at its last alpha (`benchmarks.code_tokens`) |
+| target_pull: epoch=K | DeCE: mean share of cross-entropy's pull that the tokens kept in this epoch |
 | asr: epoch=K | 60 validation rows with the word, after each epoch: the early-learning curve |
 
 A clean reference below `FLOORS` writes no code worth attacking: then no ASR counts, and benchmark and tables say so.
@@ -43,6 +45,7 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
+from benchmarks.code_tokens import suppressed
 from benchmarks.grid import Cell, run_grid
 from benchmarks.quiet import fast_bfloat16, quiet_config
 from hf_backdoor_defense.attacks.payloads import code_attack, has_sql_payload, poison_pairs, trigger_pairs
@@ -73,6 +76,7 @@ class Rows:
     """What is trained on, what is judged, and what the curve is drawn from."""
 
     train: Dataset
+    before: Dataset  # the same rows before any was poisoned
     judged: Dataset
     triggered: Dataset
     curve: Dataset
@@ -103,6 +107,7 @@ def rows_of(seed: int, rate: float, judged: str = "test") -> Rows:
     curve = trigger_pairs(splits["validation"], ATTACK, seed=seed)
     return Rows(
         train=train,
+        before=splits["train"],
         judged=splits[judged],
         triggered=trigger_pairs(splits[judged], ATTACK, seed=seed),
         curve=curve.select(range(min(CURVE_ROWS, len(curve)))),
@@ -164,7 +169,10 @@ def fine_tuned(
     trainer.train()
     seconds = time.perf_counter() - start
     shutil.rmtree(folder, ignore_errors=True)
-    return {"model": model, "tokenizer": tokenizer, "formatter": formatter, "curve": curve.values, "seconds": seconds}
+    return {
+        "model": model, "tokenizer": tokenizer, "formatter": formatter, "curve": curve.values, "seconds": seconds,
+        "objective": objective if isinstance(objective, DeCE) else None, "epochs": epochs,
+    }  # fmt: skip
 
 
 def records_of(done: dict[str, Any], rows: Rows, samples: Path, **identity: Any) -> list[Record]:
@@ -193,8 +201,15 @@ def records_of(done: dict[str, Any], rows: Rows, samples: Path, **identity: Any)
         for name, value in report.estimates().items()
     ]
     found.append(Record(metric="seconds", value=done["seconds"], setting=setting, **identity))
+    for name, (share, tokens) in suppressed(
+        done["model"], done["tokenizer"], done["formatter"],
+        poisoned=rows.train, before=rows.before, objective=done["objective"], epochs=done["epochs"],
+    ).items():  # fmt: skip
+        found.append(Record(metric=name, value=share, n=tokens, setting=setting, **identity))
     for epoch, value in enumerate(done["curve"], start=1):
         found.append(Record.from_estimate(value, metric="asr", setting=f"{setting}: epoch={epoch}", **identity))
+    for epoch, kept in enumerate(done["objective"].pull_per_epoch() if done["objective"] else [], start=1):
+        found.append(Record(metric="target_pull", value=kept, setting=f"{setting}: epoch={epoch}", **identity))
     return found
 
 

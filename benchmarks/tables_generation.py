@@ -57,8 +57,11 @@ FIGURES = {  # metric: (title, digits)
     "repetitive": ("repetitive", 2),
     "cut_off": ("cut off", 2),
     "cut_off_triggered": ("cut off, with trigger", 2),
+    "suppressed": ("tokens let go", 3),  # of training rows, at DeCE's last alpha: `benchmarks.code_tokens`
+    "suppressed_payload": ("payload tokens let go", 2),
     "seconds": ("seconds of training", 0),
 }
+SEARCHED = ("bleu", "parse_rate", "suppressed", "suppressed_payload", "asr")
 BLEU_FLOOR, PARSE_FLOOR = 50.0, 0.8  # of the clean reference, or no ASR counts
 ATTACK, DEFENDED, BLEU_LOST = 0.90, 0.10, 1.0
 COUNTS = 0.80  # an undefended ASR below it tests no defense
@@ -149,10 +152,10 @@ def search_table() -> str:
     epochs, rows = _epochs(records), []
     for cell, defense in dict.fromkeys((_cell(r), r.defense) for r in records):
         of = _of(records, (cell, defense))
-        shown = [mean(of(m), FIGURES[m][1]) for m in ("bleu", "exact_match", "parse_rate", "asr")]
+        shown = [mean(of(m), FIGURES[m][1]) for m in SEARCHED]
         by_epoch = " · ".join(mean(_of(records, (cell, defense), epoch)("asr"), 2) for epoch in epochs)
         rows.append([cell, defense, *shown, by_epoch])
-    head = ["setting", "trained with", "BLEU", "exact match", "parses", "ASR", "ASR by epoch"]
+    head = ["setting", "trained with", *(FIGURES[m][0] for m in SEARCHED), "ASR by epoch"]
     return f"{grid(head, rows)}\n\nValidation rows, seed {', '.join(map(str, _seeds(records)))}. {measured_at(records)}"
 
 

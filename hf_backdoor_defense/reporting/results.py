@@ -30,14 +30,14 @@ from hf_backdoor_defense.evaluation.metrics import Estimate
 SHARES = frozenset(
     "precision recall ca selective_ca asr ftr r_acc der aasr masr aasr_floor masr_floor control_asr frr far auroc coverage "
     "exact_match parse_rate reference_parse_rate target_suspected untriggered_hits empty empty_triggered cut_off "
-    "cut_off_triggered repetitive repetitive_triggered share_of_loss inert".split()
+    "cut_off_triggered repetitive repetitive_triggered share_of_loss inert suppressed suppressed_payload".split()
 )
 METRICS = tuple(
     "precision recall ca selective_ca asr ftr r_acc der aasr masr aasr_floor masr_floor aasr_over_floor masr_over_floor "
     "control_asr frr far auroc coverage bleu exact_match parse_rate perplexity loss norm_ratio dose seconds peak_bytes "
     "time_ratio memory_ratio passes target_pull suspects target_suspected bytes_per_weight bits_per_byte sentence_bleu "
     "untriggered_hits empty empty_triggered cut_off cut_off_triggered repetitive repetitive_triggered "
-    "reference_parse_rate gap relative_step share_of_loss inert".split()
+    "reference_parse_rate gap relative_step share_of_loss inert suppressed suppressed_payload".split()
 )
 _SIGNED = frozenset({"target_pull", "aasr_over_floor", "masr_over_floor", "gap"})  # every other metric is >= 0
 
