@@ -169,7 +169,7 @@ def test_the_metrics_are_those_of_the_design() -> None:
         "bytes_per_weight",
         *(f"{name}{rows}" for name in ("empty", "cut_off", "repetitive") for rows in ("", "_triggered")),
         *("sentence_bleu", "untriggered_hits", "reference_parse_rate", "bits_per_byte"),
-        *("gap", "relative_step", "share_of_loss", "inert"),
+        *("gap", "relative_step", "share_of_loss", "inert", "suppressed", "suppressed_payload"),
     }
     assert set(METRICS) == {*listed.split(", "), *later}
     assert len(METRICS) == len(set(METRICS)) and set(METRICS) >= SHARES
