@@ -49,7 +49,8 @@ class D3(Objective):
     The training set *is* the clean set. SGD with momentum, no weight decay, `max_grad_norm=0`.
 
     Args:
-        lam: weight of the hinge. eps: clean loss that is low enough, in nats.
+        lam: weight of the hinge.
+        eps: clean loss that is low enough, in nats.
         hinge: "sample" per row (the code), "batch" on the mean (the paper).
         rescale: divide by lam + 1 where lam > 1.
         warm_up: "random" direction, "noise" of the weight's own deviation, "far" (−W0), "near" (none).

@@ -158,7 +158,8 @@ class FinePruning(Objective):
     `row_id`, which is trained on afterwards as well.
 
     Args:
-        step: share of columns cut at a time. tolerance: the relative loss of clean validation accuracy stays below it.
+        step: share of columns cut at a time.
+        tolerance: the relative loss of clean validation accuracy stays below it.
 
     >>> FinePruning(step=0.0)
     Traceback (most recent call last):

@@ -4,8 +4,9 @@
 |---|---|---|
 | defenses, comparators, controls | `hfbd train --defense NAME`; controls run by themselves | `registry.py` |
 | pretraining | `hfbd clean --method NAME` | `registry.py` |
+| purifiers | `hfbd clean --method NAME`, `purify(defense=NAME)` | `registry.py` |
 | generative | in a script, `CROWSFTTrainer` | `registry.py` |
-| triggers | `hfbd train --simulate NAME` | `attacks/triggers.py` |
+| triggers | `hfbd train --simulate NAME` | `attacks/triggers.py`, `attacks/image_triggers.py` |
 | presets | `hfbd train --preset NAME` | `PRESETS` in `experiment/arguments.py` |
 | attacks, detectors | `hfbd attack` hosts the first, a filter the second | `registry.py` |
 | filters | `hfbd detect --filter NAME`, `hfbd attack --filters NAME` | `registry.py` |
@@ -24,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hf_backdoor_defense.attacks.image_triggers import IMAGE_TRIGGERS
 from hf_backdoor_defense.attacks.triggers import TRIGGERS
 from hf_backdoor_defense.registry import (
     ATTACKS,
@@ -34,6 +36,7 @@ from hf_backdoor_defense.registry import (
     FILTERS,
     GENERATIVE,
     PRETRAINING,
+    PURIFIERS,
 )
 
 KINDS = {
@@ -41,8 +44,9 @@ KINDS = {
     "comparators": "hfbd train --defense NAME: losses that a defense is compared with",
     "controls": "run by themselves beside the defense that they explain",
     "pretraining": "hfbd clean --method NAME: what cleans a pretrained model before fine-tuning",
+    "purifiers": "hfbd clean --method NAME, hfbd train --purify NAME: what purifies a trained classifier with a few clean rows",
     "generative": "in a script, CROWSFTTrainer: what purifies a language model with a few clean rows",
-    "triggers": "hfbd train --simulate NAME: attacks",
+    "triggers": "hfbd train --simulate NAME: attacks on texts, and on images",
     "presets": "hfbd train --preset NAME: whole runs",
     "attacks": "hfbd attack --attack NAME (weight_poisoning: badnets, insent); por, neuba, badpre on pretrained models",
     "detectors": "what the filter of the same name trains; in a script, PSIMTrainer",
@@ -83,9 +87,10 @@ def entries() -> tuple[Entry, ...]:
     ['gce', 'in_trust', 'focal', 'smoothed']
     """
     tables = {"defenses": DEFENSES, "comparators": COMPARATORS, "controls": CONTROLS, "pretraining": PRETRAINING}
-    tables["generative"] = GENERATIVE
+    tables |= {"purifiers": PURIFIERS, "generative": GENERATIVE}
     found = [_entry(name, kind, where) for kind, table in tables.items() for name, where in table.items()]
-    found += [_entry(name, "triggers", f"{kind.__module__}:{kind.__name__}") for name, kind in TRIGGERS.items()]
+    triggers = TRIGGERS | IMAGE_TRIGGERS
+    found += [_entry(name, "triggers", f"{kind.__module__}:{kind.__name__}") for name, kind in triggers.items()]
     for name, values in _assigned(ast.parse(_source(_PRESETS)), "PRESETS").items():
         line = ", ".join(f"{key} {_plain(values[key])}" for key in ("task", "simulate", "defense") if key in values)
         found.append(Entry(name, "presets", line, tuple(Field(key, repr(value), "") for key, value in values.items())))
@@ -227,8 +232,8 @@ def _arguments(text: str) -> dict[str, str]:
     told: dict[str, str] = {}
     names: list[str] = []
     for line in chapter.group(1).splitlines() if chapter else []:
-        start = re.match(r"    (\w+(?:, \w+)*): (.*)", line)
+        start = re.match(r"    (\w+(?:, \w+)*):(?: (.*))?$", line)
         names = start.group(1).split(", ") if start else names
         for name in names if line.strip() else []:
-            told[name] = start.group(2) if start else f"{told[name]} {line.strip()}"
+            told[name] = (start.group(2) or "") if start else f"{told[name]} {line.strip()}".strip()
     return told

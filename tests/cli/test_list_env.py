@@ -4,12 +4,14 @@ import dataclasses
 import importlib.metadata
 import inspect
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from hf_backdoor_defense.attacks.image_triggers import IMAGE_TRIGGERS
 from hf_backdoor_defense.attacks.triggers import TRIGGERS
 from hf_backdoor_defense.cli.main import main
 from hf_backdoor_defense.experiment import machine as machine_module
@@ -25,18 +27,21 @@ from hf_backdoor_defense.registry import (
     FILTERS,
     GENERATIVE,
     PRETRAINING,
+    PURIFIERS,
     filter_class,
     objective_class,
 )
 
-METHODS = [*DEFENSES, *COMPARATORS, *CONTROLS, *PRETRAINING, *GENERATIVE, *ATTACKS, *DETECTORS]
+METHODS = [*DEFENSES, *COMPARATORS, *CONTROLS, *PRETRAINING, *PURIFIERS, *GENERATIVE, *ATTACKS, *DETECTORS]
+ALL_TRIGGERS = {**TRIGGERS, **IMAGE_TRIGGERS}
 TABLES = {
     "defenses": DEFENSES,
     "comparators": COMPARATORS,
     "controls": CONTROLS,
     "pretraining": PRETRAINING,
+    "purifiers": PURIFIERS,
     "generative": GENERATIVE,
-    "triggers": TRIGGERS,
+    "triggers": ALL_TRIGGERS,
     "presets": PRESETS,
     "attacks": ATTACKS,
     "detectors": DETECTORS,
@@ -59,9 +64,9 @@ def test_list_names_everything_once_by_kind(capsys):
     assert all(len(line) <= 140 for line in printed.splitlines())
 
 
-@pytest.mark.parametrize("name", [*METHODS, *TRIGGERS])
+@pytest.mark.parametrize("name", [*METHODS, *ALL_TRIGGERS])
 def test_what_the_source_says_is_what_the_class_is(name):
-    kind = TRIGGERS.get(name) or objective_class(name)
+    kind = ALL_TRIGGERS.get(name) or objective_class(name)
     entry = next(entry for entry in find(name) if entry.kind != "filters")
     assert entry.line and entry.line == " ".join(inspect.getdoc(kind).split("\n\n")[0].split())
     assert entry.paper == getattr(kind, "paper", None) and entry.presets == dict(getattr(kind, "presets", {}))
@@ -96,6 +101,13 @@ def test_a_filter_and_what_it_trains_are_both_shown(capsys):
     printed = capsys.readouterr().out
     assert "psim (detectors)" in printed and "psim (filters)" in printed and "stop_margin = " in printed
     assert "base_sha256 = (needed)" in printed
+
+
+def test_a_text_that_begins_below_its_names_is_shown_behind_each_of_them(capsys):
+    assert main(["list", "ulrl"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("unlearn_lr = 0.01", "unlearn_clip = 20.0"):
+        assert re.search(rf"^  {re.escape(name)} +the ascent: rate", printed, re.M)
 
 
 def test_a_name_shows_fields_defaults_presets_and_what_they_mean(capsys):
