@@ -9,7 +9,7 @@ def show(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="hfbd list",
-        description="What there is to choose from: defenses, comparators, controls, triggers, presets, attacks, filters.",
+        description="What there is to choose from: defenses, controls, purifiers, triggers, presets, attacks, filters and more.",
         allow_abbrev=False,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="show fields, defaults and presets of these")

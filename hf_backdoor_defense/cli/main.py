@@ -9,12 +9,12 @@ VERBS = {
     "attack": "poison a base, fine-tune it on clean data as a victim would, measure filters before it",
     "eval": "measure a finished model on clean and triggered rows",
     "detect": "score a file of texts with a filter that was calibrated on clean ones",
-    "clean": "clean a pretrained model on plain text, before it is fine-tuned",
+    "clean": "clean a pretrained model on plain text, or purify a trained classifier with a few labeled rows",
     "scan": "look for outlying rows in a checkpoint's input embedding, and reset them in a copy",
     "push": "publish a model of a finished run with its card and evidence; --dry_run shows what would be sent",
     "verify": "check a published model: files, checksums, card and weights; measure its figures again",
     "report": "make the report of a run again, or one report of several runs",
-    "list": "name the defenses, controls, triggers, presets, attacks and filters; with a NAME, its fields",
+    "list": "name the defenses, controls, purifiers, triggers, presets, attacks and filters; with a NAME, its fields",
     "env": "show versions, devices and packages, and what is off on this machine and why",
 }
 USAGE = "usage: hfbd VERB [options]\n\n" + "\n".join(f"  {verb:8} {what}" for verb, what in VERBS.items())
