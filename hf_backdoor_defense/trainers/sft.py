@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import PredictionOutput
 from transformers.utils import is_bitsandbytes_available
 from trl import SFTTrainer
 
@@ -203,8 +204,18 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
         finally:
             self._ratios, self._evaluated = outside
 
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """As `SFTTrainer.predict`, which renders nothing; rows of text are rendered as `evaluate` does it, given a formatter.
+
+        Raises:
+            ValueError: a stream of text, rows that the formatter cannot render or that do not fit.
+        """
+        return super().predict(self._rendered(test_dataset), ignore_keys, metric_key_prefix)
+
     def _rendered(self, rows: Any) -> Any:
-        """Rows of text given to `evaluate` as the formatter renders them; names of data sets and tokenized ones as they are."""
+        """Rows of text as the formatter renders them; names of data sets and tokenized rows as they are."""
         if isinstance(rows, Mapping):
             return {name: self._rendered(value) for name, value in rows.items()}
         if self.formatter is None or is_tokenized(rows):

@@ -151,6 +151,18 @@ def test_evaluation_sets_are_rendered_alike_given_to_the_host_or_to_evaluate(tmp
     assert mean == pytest.approx(inside["eval_a_loss"], abs=1e-5)
 
 
+def test_prediction_reads_rows_of_text_as_evaluation_does(tmp_path, tokenizer):
+    formatter = Formatter.plain(tokenizer)
+    trainer = make(tmp_path, tokenizer, formatter)
+    found = trainer.predict(pairs(5))
+    assert found.metrics["test_loss"] == trainer.evaluate(pairs(5))["eval_loss"]
+    for i, row in enumerate(pairs(5)):
+        answer = formatter.completion_ids(tokenizer, row)
+        assert [label for label in found.label_ids[i].tolist() if label != -100] == answer
+    with pytest.raises(ValueError, match="a stream cannot be looked through"):
+        trainer.predict(pairs().to_iterable_dataset())
+
+
 # -- what is saved ----------------------------------------------------------------------------------------------------
 def test_every_checkpoint_and_the_model_say_how_they_were_trained(tmp_path, tokenizer):
     formatter = Formatter.chat(tokenizer, system="größer")
