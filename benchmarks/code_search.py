@@ -7,7 +7,7 @@ The host's rate and batch are to be what an attacked user would take: fine-tuned
 rows as they are. ASR stands beside it and decides the epochs alone, since only a host that takes the backdoor can be defended.
 
 The sweep shows how ASR and BLEU move around the preset `code` (.985, smoothing .05): with plain warm-up epochs, a higher base,
-a lower one. The preset stopped the attack on seed 0 and lost BLEU, hence more of the former two. No preset is chosen by it.
+a lower one: .94 lies below the bound for 5 % (docs/choosing.md, dece) from its first epoch on. No preset is chosen by it.
 Its control is the undefended cell with the benchmark's own rate, batch and epochs.
 """
 
@@ -38,7 +38,7 @@ CELLS = [
             extended=True,
             needs=DATA,
         )
-        for alpha, warm_up in ((0.985, 0), (0.985, 2), (0.999, 0), (0.985, 4), (0.995, 0), (0.95, 0))
+        for alpha, warm_up in ((0.985, 0), (0.985, 2), (0.94, 0), (0.94, 2), (0.999, 0))
     ),
 ]
 
