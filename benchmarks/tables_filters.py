@@ -58,15 +58,21 @@ def by_seed(records: list[Record], seeds: Iterable[int], digits: int = 2) -> str
 
 
 def measured_at(records: list[Record]) -> str:
-    """Machines and commits."""
-    places = []
+    """Machines, each with the commits that ran there.
+
+    >>> from functools import partial
+    >>> env = {"cpus": 2, "torch": "2.13.0", "python": "3.11.7"}
+    >>> of = partial(Record, "b", "d", "m", "none", "dece", "", 0, "bleu")
+    >>> measured_at([of(1.0, env={**env, "commit": "a" * 40}), of(2.0, env={**env, "commit": "b" * 40, "dirty": True})])
+    '2 CPU cores, torch 2.13.0, Python 3.11.7, commits aaaaaaa, bbbbbbb with local changes.'
+    """
+    places: dict[str, dict[str, None]] = {}
     for env in [record.env for record in records]:
         machine = env.get("gpu") or f"{env.get('cpus')} CPU cores"
-        changed = " with local changes" if env.get("dirty") else ""
-        places.append(
-            f"{machine}, torch {env.get('torch')}, Python {env.get('python')}, commit {str(env.get('commit'))[:7]}{changed}"
-        )
-    return "; ".join(dict.fromkeys(places)) + "."
+        commit = f"{str(env.get('commit'))[:7]}{' with local changes' if env.get('dirty') else ''}"
+        commits = places.setdefault(f"{machine}, torch {env.get('torch')}, Python {env.get('python')}", {})
+        commits[commit] = None
+    return "; ".join(f"{place}, commit{'s' * (len(c) > 1)} {', '.join(c)}" for place, c in places.items()) + "."
 
 
 def weight_poisoning_core() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import tables_crow, tables_generation
+from benchmarks import tables_crow, tables_filters, tables_generation
 from benchmarks.tables import ROOT
 from benchmarks.tables_generation import CLEAN, CONTROL, CORE, POISONED
 from hf_backdoor_defense.reporting.results import Record, append_records
@@ -52,7 +52,7 @@ def table(text, first):
     return {row[0]: dict(zip(head, row, strict=True)) for row in body}
 
 
-@pytest.mark.parametrize("module", [tables_generation, tables_crow])
+@pytest.mark.parametrize("module", [tables_generation, tables_crow, tables_filters])
 def test_docstrings_say_what_happens(module):
     assert not doctest.testmod(module).failed
 
