@@ -282,6 +282,8 @@ def below_floors(values: dict[str, float]) -> list[str]:
 
 
 CODE = {"name": "dece", "preset": "code"}
+# From `benchmarks.code_search`, seed 100: plain epochs, then a base below `minority_bound` for 5 %, which is .947.
+BOUND = {"name": "dece", "alpha_base": 0.94, "label_smoothing": 0.05, "warmup_epochs": 2}
 CELLS = [
     Cell("clean", {"rate": 0.0}, defense=(), needs=DATA),
     Cell("undefended", defense=(), needs=DATA),
@@ -289,6 +291,7 @@ CELLS = [
     Cell("target-only", defense=({"name": "dece", "preset": "target-only"},), needs=DATA),
     Cell("llm", defense=({"name": "dece", "preset": "llm"},), extended=True, needs=DATA),
     Cell("plm-2023", defense=({"name": "dece", "preset": "plm-2023"},), extended=True, needs=DATA),
+    Cell("below the bound", defense=(BOUND,), extended=True, needs=DATA),
     Cell("DeCE on clean rows", {"rate": 0.0}, defense=(CODE,), extended=True, needs=DATA),
     *(Cell(name, defense=(name,), extended=True, needs=DATA) for name in ("gce", "in_trust", "focal", "smoothed")),
     Cell("moderate fitting", {"learning_rate": RATE / 10}, defense=(), extended=True, needs=DATA),

@@ -34,6 +34,7 @@ CORE: dict[Arm, str] = {
 EXTENDED: dict[Arm, str] = {
     ("llm", "dece"): "DeCE, preset `llm`",
     ("plm-2023", "dece"): "DeCE, preset `plm-2023`",
+    ("below the bound", "dece"): "DeCE, two plain epochs, then base .94 (below the bound for 5 %)",
     ("gce", "gce"): "GCE",
     ("in_trust", "in_trust"): "in-trust",
     ("focal", "focal"): "focal (a negative control)",
