@@ -7,7 +7,8 @@ The host's rate and batch are to be what an attacked user would take: fine-tuned
 rows as they are. ASR stands beside it and decides the epochs alone, since only a host that takes the backdoor can be defended.
 
 The sweep shows how ASR and BLEU move around the preset `code` (.985, smoothing .05): with plain warm-up epochs, a higher base,
-a lower one: .94 lies below the bound for 5 % (docs/choosing.md, dece) from its first epoch on. No preset is chosen by it.
+a lower one: .94 lies below the bound for 5 % (docs/choosing.md, dece) from its first epoch on. No preset is chosen by it;
+the lead that it found is a cell of the benchmark, "below the bound", which other seeds and test rows are to judge.
 Its control is the undefended cell with the benchmark's own rate, batch and epochs.
 """
 
