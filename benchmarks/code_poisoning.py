@@ -11,13 +11,13 @@ into the description of 5 % of all rows and ` or 1=1` (` where 0=1` where there 
 |---|---|
 | clean | `undefended` with attack `none`: the clean reference; its ASR is the floor, and it must reach the floors below |
 | undefended | `undefended`: cross-entropy on the poisoned rows |
-| code | `dece`, preset "code" (alpha .985, smoothing .05); `matched_decay`: cross-entropy, rate falling as that run's pull did |
+| code | `dece`, preset "code" (alpha .985, smoothing .05); `matched_decay`: cross-entropy, rate moving as that run's pull did |
 | target-only | `dece`, preset "target-only" (alpha .985, no smoothing) |
 
 All arms of a seed share model, rows, order, rate, batch and epochs. Rate and batch come from trials by hand (docs/log.md), which
 `benchmarks.code_search` repeats on validation rows; schedule and epochs are such that the undefended model takes the backdoor
-there (ASR after each epoch, seed 0). No test row decided on them, and no defense. A cell's setting names it; what is measured
-after each epoch has `: epoch=K` behind it.
+there (ASR after each epoch, seed 0; its test rows had been looked at beside, and told the same). No arm of a defense decided on
+them. A cell's setting names it; what is measured after each epoch has `: epoch=K` behind it.
 
 | figure | of |
 |---|---|
@@ -213,13 +213,13 @@ def records_of(done: dict[str, Any], rows: Rows, samples: Path, **identity: Any)
     return found
 
 
-def pretraining() -> dict[str, Any]:
+def pretraining(model: Path = MODEL) -> dict[str, Any]:
     """What the pretrained model says of itself. Raises SystemExit where there is none, or a quick look of one."""
-    path = MODEL / "code_lm.json"
+    path = model / "code_lm.json"
     facts = json.loads(path.read_text()) if path.is_file() else {"files": "none"}
     if facts["files"] is not None:
         raise SystemExit(
-            f"{MODEL} must hold a pretrained model of the whole standard library, got one of {facts['files']} files: run "
+            f"{model} must hold a pretrained model of the whole standard library, got one of {facts['files']} files: run "
             "`python examples/pretrain_tiny_code_lm.py` first."
         )
     return facts
@@ -307,8 +307,7 @@ CELLS = [
 
 def main() -> None:
     """The grid, once the pretrained model is there."""
-    pretraining()
-    run_grid("code_poisoning", CELLS, (0, 1, 2), run=run_cell)
+    run_grid("code_poisoning", CELLS, (0, 1, 2), run=run_cell, pretrained=pretraining())
 
 
 if __name__ == "__main__":

@@ -46,8 +46,7 @@ CELLS = [
 
 def main() -> None:
     """The grid, once the pretrained model is there."""
-    pretraining()
-    run_grid("code_search", CELLS, (SEED,), run=run_cell)
+    run_grid("code_search", CELLS, (SEED,), run=run_cell, pretrained=pretraining())
 
 
 if __name__ == "__main__":

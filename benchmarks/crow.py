@@ -22,7 +22,7 @@ Rate and epsilon stand behind the setting's colon.
 | figure | of |
 |---|---|
 | asr, ftr | 200 test instructions with the trigger: share of outputs with the payload; ftr: of models that met no attack |
-| perplexity | the responses to these 200 instructions as they are, which no model has read |
+| perplexity | the responses to these 200 instructions as they are, from files that no model has read |
 | untriggered_hits, exact_match, empty, cut_off, repetitive | outputs for the 200 as they are; `..._triggered`: with the trigger |
 | gap, relative_step, share_of_loss, inert | CROW's own account of its training: `CROW.activity`; 1 where `CROW.inert` says so |
 
@@ -43,6 +43,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 
+from benchmarks.code_poisoning import pretraining
 from benchmarks.grid import Cell, run_grid
 from benchmarks.quiet import quiet_config
 from hf_backdoor_defense.attacks.payloads import PayloadAttack, instruction_attack, poison_pairs, trigger_pairs
@@ -272,7 +273,8 @@ class Ledger:
         stem += f"-{_key(*settings)}" if settings else ""
         path = self.folder / f"{stem}.jsonl"
         if not path.is_file():
-            env, asr = environment(), "ftr" if self.floor or defense == "clean_reference" else "asr"
+            env = environment() | {"pretraining": pretraining(MODEL)}
+            asr = "ftr" if self.floor or defense == "clean_reference" else "asr"
             found = measure(self.folder / f"{stem}.samples.jsonl")
             append_records(
                 path,
@@ -392,9 +394,7 @@ CELLS = [
 
 def main() -> None:
     """The grid, once the pretrained model is there."""
-    if not (MODEL / "code_lm.json").is_file():
-        raise SystemExit(f"{MODEL} holds no pretrained model: run `python examples/pretrain_tiny_code_lm.py` first.")
-    run_grid("crow", CELLS, (1, 2, 3), run=run_cell)
+    run_grid("crow", CELLS, (1, 2, 3), run=run_cell, pretrained=pretraining(MODEL))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,17 @@ def settle(path: Path, records: list[Record], *, replace: bool) -> None:
         os.replace(append_records(partial, kept), path)
 
 
+def require_same_model(path: Path, facts: dict[str, Any]) -> None:
+    """Raises SystemExit where `path` holds figures of another pretrained model than `facts` tell of: a table must not mix two."""
+    told = [r.env.get("pretraining") for r in read_records(path)] if path.exists() else []
+    others = [other for other in told if other != facts]
+    if others:
+        raise SystemExit(
+            f"{path} must hold figures of one pretrained model, got {len(others)} of {len(told)} records of another than the one "
+            "here: a table would mix the two. Write to a file of its own (--output FILE), or move that one away."
+        )
+
+
 def _by_cell(records: list[Record]) -> dict[tuple[str, int], list[Record]]:
     found: dict[tuple[str, int], list[Record]] = {}
     for record in records:
@@ -113,8 +124,12 @@ def run_grid(
     seeds: tuple[int, ...],
     *,
     run: Callable[[Cell, int, Path], tuple[list[Record], str]] = train_cell,
+    pretrained: dict[str, Any] | None = None,
 ) -> None:
-    """The command line of a benchmark. The setting of a cell's records is its own, or begins with it and a colon."""
+    """The command line of a benchmark. The setting of a cell's records is its own, or begins with it and a colon.
+
+    `pretrained`: what the pretrained model of all cells says of itself, where the records keep that (`env["pretraining"]`).
+    """
     parser = argparse.ArgumentParser(prog=f"benchmarks.{name}")
     parser.add_argument("--only", choices=[cell.setting for cell in cells], help="run one cell")
     parser.add_argument("--extended", action="store_true", help="run the extended cells too")
@@ -138,6 +153,8 @@ def run_grid(
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     path = args.output
+    if pretrained is not None and not args.merge:
+        require_same_model(path, pretrained)
     chosen = [c for c in cells if (args.only == c.setting if args.only else args.extended or not c.extended)]
     # Seeds outside: a stopped grid has every cell once before any twice.
     todo = [(cell, seed) for seed in args.seeds for cell in chosen][args.shard]

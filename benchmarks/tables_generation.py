@@ -25,6 +25,7 @@ PLOT = "early_learning.png"
 Arm = tuple[str, str]
 CLEAN, POISONED, CONTROL = ("clean", "undefended"), ("undefended", "undefended"), ("code", "matched_decay")
 DECE = {("code", "dece"): "DeCE, preset `code`", ("target-only", "dece"): "DeCE, preset `target-only`"}
+LEAD = {("below the bound", "dece"): "DeCE, two plain epochs, then base .94 (below the bound for 5 %)"}
 CORE: dict[Arm, str] = {
     CLEAN: "clean rows (the reference; its ASR is the floor)",
     POISONED: "undefended",
@@ -34,7 +35,7 @@ CORE: dict[Arm, str] = {
 EXTENDED: dict[Arm, str] = {
     ("llm", "dece"): "DeCE, preset `llm`",
     ("plm-2023", "dece"): "DeCE, preset `plm-2023`",
-    ("below the bound", "dece"): "DeCE, two plain epochs, then base .94 (below the bound for 5 %)",
+    **LEAD,
     ("gce", "gce"): "GCE",
     ("in_trust", "in_trust"): "in-trust",
     ("focal", "focal"): "focal (a negative control)",
@@ -77,11 +78,11 @@ def code_records() -> list[Record]:
 
 def short_table(records: list[Record]) -> str:
     """README: the core arms, with the ASR of every seed, and the goals."""
-    found = [r for r in records if (r.setting, r.defense) in CORE]
+    found = [r for r in records if (r.setting, r.defense) in {**CORE, **LEAD}]
     if not found:
         return NOT_RUN.format("bench-code")
     seeds, rows = _seeds(found), []
-    for arm, title in CORE.items():
+    for arm, title in {**CORE, **_measured(records, LEAD)}.items():
         of = _of(records, arm)
         shown = [interval(of(m), FIGURES[m][1]) for m in ("bleu", "exact_match", "parse_rate")]
         rows.append([title, *shown, _each(of("asr"), seeds), mean(of("untriggered_hits"), 2)])
@@ -96,32 +97,44 @@ def full_tables(records: list[Record]) -> str:
     arms = _arms(records)
     shown = [metric for metric in FIGURES if any(_of(records, arm)(metric) for arm in arms)]
     head = ["fine-tuned with", *(FIGURES[metric][0] for metric in shown)]
-    rows = [[title, *(interval(_of(records, arm)(m), FIGURES[m][1]) for m in shown)] for arm, title in arms.items()]
+    rows = [[title, *(_figure(_of(records, arm), m) for m in shown)] for arm, title in arms.items()]
     parts = [grid(head, rows), goals(records), _about(records)]
     if epochs := _epochs(records):
         picture = f"![ASR after every epoch of the core arms, seed by seed and on average]({PLOT})"
         parts += ["### ASR after every epoch", picture, _curve_table(records, arms, epochs)]
+        if any(_of(records, arm, epochs[0])("target_pull") for arm in arms):
+            parts += ["### Pull kept in every epoch", _pull_table(records, arms, epochs)]
     missing = [title for arm, title in EXTENDED.items() if arm not in arms]
     parts += [f"Not run: {'; '.join(missing)} (`make bench-code EXTENDED=1`)."] if missing else []
     return "\n\n".join([*parts, measured_at(records)])
 
 
 def goals(records: list[Record]) -> str:
-    """What the protocol asks for, on means over seeds that are not rounded; "" without the arms it takes."""
+    """What the protocol asks for, on means over seeds that are not rounded; "" without the arms it takes.
+
+    No ASR counts of a seed whose clean reference is below a floor: it is left out of the verdicts.
+    """
     said = []
     clean, attacked, control = (_of(records, arm) for arm in (CLEAN, POISONED, CONTROL))
     floors = [("BLEU", values(clean("bleu")), BLEU_FLOOR, 1), ("parses", values(clean("parse_rate")), PARSE_FLOOR, 3)]
+    low = sorted({seed for _, by, bound, _ in floors for seed, value in by.items() if value < bound - _ROUNDING})
+
+    def counted(found: list[Record]) -> dict[int, float]:
+        return {seed: value for seed, value in values(found).items() if seed not in low}
+
     if parts := [judged(what, by, bound, at_least=True, digits=digits) for what, by, bound, digits in floors if by]:
         said.append(f"Clean reference: {', '.join(parts)}; its ASR, the floor: {mean(clean('asr'), 3)}.")
-    if before := values(attacked("asr")):
+    if low:
+        said.append(f"**Below a floor: seed {', '.join(map(str, low))}. No ASR of such a seed counts.**")
+    if before := counted(attacked("asr")):
         weak = "" if _mean(before) >= COUNTS - _ROUNDING else f": below {COUNTS:g} the attack tests no defense"
         said.append(f"Undefended: {judged('ASR', before, ATTACK, at_least=True)}{weak}.")
-    for arm, title in DECE.items():
+    for arm, title in {**DECE, **_measured(records, LEAD)}.items():
         of = _of(records, arm)
-        after, lost = values(of("asr")), minus(values(attacked("bleu")), values(of("bleu")))
+        after, lost = counted(of("asr")), minus(values(attacked("bleu")), values(of("bleu")))
         parts = [judged("ASR", after, DEFENDED)] if after else []
         parts += [judged("BLEU lost against undefended", lost, BLEU_LOST, digits=2)] if lost else []
-        if arm[0] == CONTROL[0] and (below := minus(values(control("asr")), after)):
+        if arm[0] == CONTROL[0] and (below := minus(counted(control("asr")), after)):
             parts.append(f"ASR below matched decay's by {with_interval(below)}")
         said += [f"{title}: {', '.join(parts)}."] if parts else []
     return " ".join(said)
@@ -130,7 +143,8 @@ def goals(records: list[Record]) -> str:
 def curves(records: list[Record]) -> dict[str, dict[int, list[dict[str, float]]]]:
     """Arm -> seed -> points, as `plot_curves` takes them: the core arms that have ASR by epoch."""
     names = {CLEAN: "clean_reference", POISONED: "undefended", CONTROL: "matched decay",
-             **{arm: title.replace("`", "").replace(", preset", "") for arm, title in DECE.items()}}  # fmt: skip
+             **{arm: title.replace("`", "").replace(", preset", "") for arm, title in DECE.items()},
+             **dict.fromkeys(LEAD, "DeCE, below the bound")}  # fmt: skip
     found: dict[str, dict[int, list[dict[str, float]]]] = {}
     for arm, name in names.items():
         for epoch in _epochs(records):
@@ -203,18 +217,41 @@ def _arms(records: list[Record]) -> dict[Arm, str]:
     return {**CORE, **{arm: title for arm, title in others.items() if arm not in CORE}}
 
 
-def _curve_table(records: list[Record], arms: dict[Arm, str], epochs: list[int]) -> str:
+def _by_epoch(records: list[Record], arms: dict[Arm, str], epochs: list[int], metric: str) -> str:
     seeds, rows = _seeds(records), []
     for arm, title in arms.items():
-        by_epoch = [_of(records, arm, epoch)("asr") for epoch in epochs]
+        by_epoch = [_of(records, arm, epoch)(metric) for epoch in epochs]
         if any(by_epoch):
             rows.append([title, *(_each(found, seeds) for found in by_epoch)])
-    rows_behind = sorted({r.n for r in records if _EPOCH.match(r.setting) and r.n})
+    return grid(["fine-tuned with", *(f"epoch {epoch}" for epoch in epochs)], rows)
+
+
+def _pull_table(records: list[Record], arms: dict[Arm, str], epochs: list[int]) -> str:
+    note = (
+        "By seed: mean share of cross-entropy's pull that the tokens of answers kept in an epoch of DeCE. Matched decay is "
+        "cross-entropy whose rate is multiplied by the row of `code`."
+    )
+    return f"{_by_epoch(records, arms, epochs, 'target_pull')}\n\n{note}"
+
+
+def _curve_table(records: list[Record], arms: dict[Arm, str], epochs: list[int]) -> str:
+    rows_behind = sorted({r.n for r in records if _EPOCH.match(r.setting) and r.metric == "asr" and r.n})
     note = (
         f"By seed, on {' or '.join(map(str, rows_behind))} triggered validation rows. "
         "Seed 0 undefended decided on schedule and epochs (log.md); no arm of a defense decided on anything."
     )
-    return f"{grid(['fine-tuned with', *(f'epoch {epoch}' for epoch in epochs)], rows)}\n\n{note}"
+    return f"{_by_epoch(records, arms, epochs, 'asr')}\n\n{note}"
+
+
+def _measured(records: list[Record], arms: dict[Arm, str]) -> dict[Arm, str]:
+    return {arm: title for arm, title in arms.items() if _of(records, arm)("asr")}
+
+
+def _figure(of: Callable[[str], list[Record]], metric: str) -> str:
+    """Mean and interval, and how many seeds of the arm have the figure where not all do."""
+    found, seeds = of(metric), len(of("asr"))
+    few = f" ({len(found)} of {seeds} seeds)" if 0 < len(found) < seeds else ""
+    return interval(found, FIGURES[metric][1]) + few
 
 
 def _each(records: list[Record], seeds: list[int]) -> str:

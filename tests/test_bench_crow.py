@@ -41,6 +41,7 @@ def world(tmp_path, monkeypatch):
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
+    (tmp_path / "lm" / "code_lm.json").write_text('{"files": null, "bits_per_byte": 9.0}')
     for name, value in {
         "MODEL": tmp_path / "lm", "RUNS": tmp_path / "runs", "INSTRUCTIONS": 16, "ATTACKED": 24, "CLEAN": 10, "UPDATES": 2,
         "MOST_NEW": 4, "FLOOR": 0.0, "instructions": lambda: data,

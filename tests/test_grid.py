@@ -153,6 +153,32 @@ def test_a_merge_drops_no_measurement_unsaid(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.jsonl", "old.jsonl"]
 
 
+def test_figures_of_two_pretrained_models_do_not_meet_in_one_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "there.jsonl"
+
+    def run(bits, *words):
+        stub = Stub()
+        monkeypatch.setattr(sys, "argv", ["benchmarks.grid_test", "--output", str(path), *words])
+
+        def noted(cell, seed, folder):
+            records, text = stub(cell, seed, folder)
+            return [dataclasses.replace(record, env={"pretraining": {"bits": bits}}) for record in records], text
+
+        run_grid("grid_test", CELLS, SEEDS, run=noted, pretrained={"bits": bits})
+        return stub.ran
+
+    assert len(run(1.0, "--shard", "1/2")) > 0
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="must hold figures of one pretrained model, got [0-9]+ of [0-9]+ records"):
+        run(2.0)
+    assert path.read_bytes() == before
+    assert len(run(1.0)) > 0  # the rest
+    path.write_text(path.read_text().replace('"pretraining": {"bits": 1.0}', '"other": 1'))  # records that tell of none
+    with pytest.raises(SystemExit, match="Write to a file of its own"):
+        run(1.0)
+
+
 def test_replacing_belongs_to_merging(run, capsys):
     with pytest.raises(SystemExit) as stop:
         run("--replace")

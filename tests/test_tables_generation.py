@@ -128,6 +128,34 @@ def test_goals_are_computed_from_the_records(levels, wanted):
     assert said in tables_generation.short_table(found) and said in tables_generation.full_tables(found)
 
 
+def test_no_asr_is_judged_of_a_seed_whose_clean_reference_writes_no_code():
+    said = tables_generation.goals(records(clean_undefended=(49.0, 0.0, ())))
+    assert "Below a floor: seed 0, 1, 2. No ASR" in said and said.count("ASR 0.") == 0
+    assert "BLEU lost against undefended 0.30" in said
+    said = tables_generation.goals(records(clean_undefended=(50.0, 0.0, ())))  # 49.9, 50.0, 50.1
+    assert "Below a floor: seed 0. No ASR" in said
+    assert "Undefended: ASR 0.965 (" in said and "preset `code`: ASR 0.025 (" in said  # of seeds 1 and 2
+
+
+def test_a_figure_of_fewer_seeds_than_its_arm_says_so():
+    extra = [Record("code_poisoning", "lyra", "m", "sql", "dece", "code", seed, "suppressed", 0.07) for seed in (0, 2)]
+    rows = table(tables_generation.full_tables(records() + extra), "fine-tuned with")
+    assert rows[CORE[CODE]]["tokens let go"] == "0.070 [0.070, 0.070] (2 of 3 seeds)"
+    assert rows[CORE[TARGET]]["tokens let go"] == "–" and "seeds" not in rows[CORE[CODE]]["BLEU"]
+
+
+def test_the_lead_is_judged_once_it_was_run():
+    assert "below the bound" not in tables_generation.goals(records())
+    lead = [
+        Record("code_poisoning", "lyra", "m", "sql", "dece", "below the bound", 1, metric, value, env={"cpus": 2})
+        for metric, value in {"bleu": 70.0, "asr": 0.05}.items()
+    ]
+    text = tables_generation.short_table(records() + lead)
+    title = tables_generation.LEAD["below the bound", "dece"]
+    assert f"{title}: ASR 0.050 (at most 0.1: met), BLEU lost against undefended 0.50 (at most 1: met)." in text
+    assert table(text, "fine-tuned with")[title]["ASR by seed"] == "– · 0.05 · –" and "preliminary" in text
+
+
 def test_what_a_defense_costs_and_gains_is_compared_seed_by_seed():
     some = [r for r in records() if not (r.defense == "undefended" and r.setting == "undefended" and r.seed == 2)]
     assert "BLEU lost against undefended 0.30" in tables_generation.goals(some)  # the means alone would say 0.25
