@@ -26,6 +26,7 @@ None of them is called while evaluating: an evaluation reports plain cross-entro
 import dataclasses
 import difflib
 import math
+import numbers
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,7 +181,13 @@ class Objective(TrainerCallback):
 
     # -- fields -------------------------------------------------------------------------------------------------------
     def __post_init__(self) -> None:
-        reasons = self.field_reasons()
+        hints = typing.get_type_hints(type(self))
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if hints[f.name] in (int, float)}
+        reasons = [
+            f"`{name}` must be a number, got {value!r} ({type(value).__name__}): it is computed with. Use from_dict for text."
+            for name, value in given.items()
+            if not isinstance(value, numbers.Real)
+        ] or self.field_reasons()
         if reasons:
             raise ValueError("\n".join(f"{self.name}: {reason}" for reason in reasons))
 

@@ -281,7 +281,13 @@ def _read(dataset: Any, attack: PayloadAttack, columns: tuple[str, str]) -> tupl
                     f"column {column!r} must hold strings, got {text!r:.60} in row_id {row_id}: triggers and payloads go into "
                     "text. Render conversations to a prompt and a completion first, and drop rows without either."
                 )
-        new = attack.rewrite(pair[1])
+        try:
+            new = attack.rewrite(pair[1])
+        except Exception as error:  # another's function
+            raise ValueError(
+                f"`rewrite` of the attack {attack.name!r} must return a string for every completion, got {type(error).__name__}: "
+                f"{error} for row_id {row_id}. Return the text as it came where nothing can be done."
+            ) from error
         if not isinstance(new, str):
             raise ValueError(
                 f"`rewrite` of the attack {attack.name!r} must return a string, got {new!r:.60} for row_id {row_id}: it is a "

@@ -86,7 +86,7 @@ class Trigger(ABC):
         return re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, self.pieces))})(?!\w)", text) is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and fields as JSON values; `get_trigger(**trigger.to_dict()) == trigger`."""
+        """Name and fields as JSON values, for records; of a trigger in `TRIGGERS`, `get_trigger` makes it from them."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {"name": self.name, **values}
 

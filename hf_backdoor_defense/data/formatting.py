@@ -6,7 +6,7 @@
 
 | symbol | field | what it is |
 |---|---|---|
-| start | `start` | the beginning-of-text token, where the tokenizer puts one; a chat template writes its own |
+| start | `start` | the beginning-of-text token, where the tokenizer puts one; of a chat, where the template writes one |
 | separator | `separator` | between prompt and completion; belongs to the prompt |
 | template, system | `chat_template`, `system` | Jinja, as the tokenizer brings it; what is said before the first turn |
 | » | | the template's opening of the answer |
@@ -132,10 +132,11 @@ class Formatter:
                 "model's means nothing to it. Use Formatter.plain(tokenizer), or set tokenizer.chat_template."
             ) from None
         end = rendering.end_token(tokenizer)
-        made = cls(kind="chat", separator="", chat_template=template, system=system, end=end, **columns)
+        start = str(tokenizer.bos_token) if tokenizer.bos_token is not None and "bos_token" in template else None
+        made = cls(kind="chat", separator="", chat_template=template, system=system, start=start, end=end, **columns)
         trial = {made.prompt: "a", made.completion: "an answer"}
         made.completion_ids(tokenizer, trial)
-        opened = rendering.rendered(made._turns(trial, tokenizer)[0], tokenizer, template=template, opened=True)
+        opened = made._opened(made._turns(trial, tokenizer)[0], tokenizer)
         if system and system.strip() not in opened:
             raise ValueError(
                 f"`system` must be rendered by the chat template, got {system!r}, which the template drops: the model would "
@@ -159,8 +160,7 @@ class Formatter:
             ids = [] if self.start is None else [rendering.token_id(self.start, tokenizer)]
             ids += rendering.plain_ids(rendering.text_of(row, self.prompt), tokenizer, behind=self.separator)
         else:
-            turns, template = self._turns(row, tokenizer)[0], str(self.chat_template)
-            ids = rendering.token_ids(rendering.rendered(turns, tokenizer, template=template, opened=True), tokenizer)
+            ids = rendering.token_ids(self._opened(self._turns(row, tokenizer)[0], tokenizer), tokenizer)
         if not ids:
             raise ValueError(
                 "The prompt must render to a token at least, got none: behind nothing the first token of an answer is neither "
@@ -180,7 +180,9 @@ class Formatter:
             turns, answer = self._turns(row, tokenizer)
             answer = rendering.answer_of(answer, end=self.end)
             rendering.refuse_tokens([answer], tokenizer)
-            text = rendering.rest_of(turns, answer, tokenizer, template=str(self.chat_template), end=self.end)
+            text = rendering.rest_of(
+                turns, answer, tokenizer, template=str(self.chat_template), start=self.start, end=self.end
+            )
             ids = rendering.token_ids(text, tokenizer)
         return ids + [rendering.token_id(self.end, tokenizer)]
 
@@ -220,6 +222,11 @@ class Formatter:
                 "end them. Raise max_length if the model's context allows it, or drop these rows."
             )
         return encoded
+
+    def _opened(self, turns: list[dict[str, Any]], tokenizer: Any) -> str:
+        """The turns and the opening of an answer, as text."""
+        template = str(self.chat_template)
+        return rendering.rendered(turns, tokenizer, template=template, start=self.start, end=self.end, opened=True)
 
     def _turns(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[dict[str, Any]], Any]:
         turns, answer = rendering.turns_of(row, prompt=self.prompt, completion=self.completion, system=self.system)

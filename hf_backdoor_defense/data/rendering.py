@@ -47,7 +47,7 @@ def turns_of(
         system: said before the first turn, unless the row has a system turn of its own.
 
     Raises:
-        ValueError: no turns.
+        ValueError: no turns, or what is none.
 
     >>> turns_of({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     ...     prompt="prompt", completion="completion", system=None)
@@ -64,6 +64,11 @@ def turns_of(
         raise ValueError(
             f"A row must have `{prompt}` or `{MESSAGES}`, a list of turns, got {', '.join(row) or 'nothing'}: there is nothing "
             "to render. Drop the row, or name its columns."
+        )
+    if odd := [turn for turn in turns if not isinstance(turn, Mapping)]:
+        raise ValueError(
+            f"A turn must have a role and a content, got {odd[0]!r:.60}: who says it is unknown. Pass turns as "
+            '{"role": "user", "content": ...}.'
         )
     # A data set gives every turn the keys that any turn has.
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
@@ -96,29 +101,42 @@ def answer_of(text: Any, *, end: str) -> str:
     return text
 
 
-def rendered(turns: list[dict[str, Any]], tokenizer: Any, *, template: str, opened: bool) -> str:
-    """Turns as a chat template writes them. Raises ValueError where it refuses them."""
+def rendered(
+    turns: list[dict[str, Any]], tokenizer: Any, *, template: str, start: str | None, end: str, opened: bool
+) -> str:
+    """Turns as a chat template writes them. Raises ValueError where it refuses them.
+
+    Args:
+        start, end: what the template writes as `bos_token` and `eos_token`, whatever the tokenizer's are by now; of no start,
+            the tokenizer's.
+    """
+    written = {"eos_token": end} | ({} if start is None else {"bos_token": start})
     try:
         return str(
-            tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=opened)
+            tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=opened, **written
+            )
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # the latter where a template joins a text and a list of parts
         roles = ", ".join(str(turn.get("role")) for turn in turns)
         raise ValueError(
             f"The chat template must render the turns ({roles}), got an error: {error}. It may know no system turn (leave "
-            "`system` out), or want the turns in another order."
+            "`system` out), no content in parts (join their texts), or want the turns in another order."
         ) from None
 
 
-def rest_of(turns: list[dict[str, Any]], answer: str, tokenizer: Any, *, template: str, end: str) -> str:
+def rest_of(
+    turns: list[dict[str, Any]], answer: str, tokenizer: Any, *, template: str, start: str | None, end: str
+) -> str:
     """What the template writes behind the opened turns, without its end token and what follows that: it is never generated.
 
     Raises:
         ValueError: the turns are rendered otherwise when an answer follows, or the answer is not rendered as it is.
     """
-    opened = rendered(turns, tokenizer, template=template, opened=True)
+    common: dict[str, Any] = {"template": template, "start": start, "end": end}
+    opened = rendered(turns, tokenizer, opened=True, **common)
     turns = [*turns, {"role": "assistant", "content": answer}]
-    whole = rendered(turns, tokenizer, template=template, opened=False)
+    whole = rendered(turns, tokenizer, opened=False, **common)
     if not whole.startswith(opened):
         at = len(os.path.commonprefix([opened, whole]))
         raise ValueError(

@@ -16,7 +16,39 @@ from hf_backdoor_defense.models import unwrapped
 _SHARES = ("backdoor_ca", "backdoor_asr", "backdoor_r_acc")
 
 
-class BackdoorEvalCallback(TrainerCallback):
+class _EveryEpoch(TrainerCallback):
+    """Measures once an epoch: behind its last step, before a checkpoint of that step is saved, which thereby holds the point; or
+    at its end, where the steps of an epoch are not known before.
+    """
+
+    _measured: int | None = None  # the step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A training begins."""
+        self._measured = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure and record where the step closes an epoch."""
+        if state.epoch and float(state.epoch).is_integer():
+            self._once(state, kwargs["model"])
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure and record, unless the last step did."""
+        self._once(state, kwargs["model"])
+
+    def _once(self, state: Any, model: Any) -> None:
+        if self._measured != state.global_step:
+            self._measured = state.global_step
+            state.log_history.append(
+                {"epoch": round(state.epoch or 0.0, 4), "step": state.global_step, **self._measure(state, model)}
+            )
+
+    def _measure(self, state: Any, model: Any) -> dict[str, Any]:
+        """What is recorded beside epoch and step."""
+        raise NotImplementedError
+
+
+class BackdoorEvalCallback(_EveryEpoch):
     """Evaluates at the end of every epoch and writes `backdoor_ca`, `backdoor_asr`, `backdoor_r_acc` into the Trainer's log
     history, which is saved with every checkpoint: a resumed run continues the curve.
 
@@ -40,10 +72,9 @@ class BackdoorEvalCallback(TrainerCallback):
         self.clean, self.triggered, self.target = clean, triggered, target
         self.collate, self.batch_size = collate, batch_size
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure and record."""
+    def _measure(self, state: Any, model: Any) -> dict[str, Any]:
         scores = evaluate_backdoor(
-            kwargs["model"],
+            model,
             self.clean,
             self.triggered,
             target=self.target,
@@ -52,14 +83,13 @@ class BackdoorEvalCallback(TrainerCallback):
             gather=True,  # every process is here
         )
         assert scores.ca is not None
-        entry = {"epoch": round(state.epoch or 0.0, 4), "step": state.global_step, "backdoor_ca": scores.ca.value}
+        entry: dict[str, Any] = {"backdoor_ca": scores.ca.value}
         if scores.asr is not None and scores.r_acc is not None:
             entry |= {"backdoor_asr": scores.asr.value, "backdoor_r_acc": scores.r_acc.value}
-        entry |= {f"backdoor_{name}_n": value.n for name, value in vars(scores).items() if value is not None}
-        state.log_history.append(entry)
+        return entry | {f"backdoor_{name}_n": value.n for name, value in vars(scores).items() if value is not None}
 
 
-class GenerationEvalCallback(TrainerCallback):
+class GenerationEvalCallback(_EveryEpoch):
     """Lets the model write at the end of every epoch: `history` gets the report, the Trainer's log history its figures as
     `generation_bleu`, `generation_asr` and so on. Of a resumed run the log history is whole, while `history` begins anew.
 
@@ -104,12 +134,12 @@ class GenerationEvalCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises ValueError where the model is trained with another formatter, unless `force`."""
+        super().on_train_begin(args, state, control, **kwargs)
         require_same(stored_formatter(unwrapped(kwargs["model"])), self.formatter, force=self.force)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure and record."""
+    def _measure(self, state: Any, model: Any) -> dict[str, Any]:
         report = evaluate_generation(
-            kwargs["model"],
+            model,
             self.tokenizer,
             self.rows,
             formatter=self.formatter,
@@ -123,10 +153,9 @@ class GenerationEvalCallback(TrainerCallback):
             gather=True,  # every process is here
         )
         self.history.append(report)
-        entry = {"epoch": round(state.epoch or 0.0, 4), "step": state.global_step}
-        entry |= {f"generation_{name}": value for name, value in report.metrics().items()}
+        entry: dict[str, Any] = {f"generation_{name}": value for name, value in report.metrics().items()}
         entry |= {f"generation_{name}_n": estimate.n for name, estimate in report.estimates().items()}
-        state.log_history.append(entry if report.note is None else entry | {"generation_note": report.note})
+        return entry if report.note is None else entry | {"generation_note": report.note}
 
 
 def curve(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:

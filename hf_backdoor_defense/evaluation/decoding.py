@@ -9,8 +9,10 @@
 | y | `Written.ids`, or the tokens of a text from `start` on | token ids |
 
 Greedy and nothing else: what a checkpoint's generation_config.json asks for (sampling, penalties for repetition, a minimal
-length) is set aside, since figures of two models are compared. Batches are padded on the left for writing, so that every prompt
-ends where the writing begins, and on the right for reading; masks and positions make both the same as one row alone.
+length) is set aside, since figures of two models are compared; only its end tokens count (`end_ids`). Batches are padded on the
+left for writing, so that every prompt ends where the writing begins, and on the right for reading; masks and positions make both
+the same as one row alone. Of architectures whose state reads the padding in spite of its mask (RWKV, RecurrentGemma) that is not
+so: take batches of one.
 """
 
 import copy
@@ -56,7 +58,7 @@ def greedy(
     Args:
         prompts: token ids, special tokens included.
         max_new_tokens: per row, or as many as the model's positions leave behind its prompt: what they cut has not ended.
-        ends: tokens that end a text; None is the tokenizer's `eos_token_id`.
+        ends: tokens that end a text; None: `end_ids`.
         batch_size: at most. Prompts too long for `max_new_tokens` share a batch with those of their own length alone.
         gather: deal the prompts out to all processes and gather what they write. Call it on every process then.
         desc: title of the progress bar that appears after two seconds, or None for none.
@@ -78,10 +80,11 @@ def greedy(
         )
     fitting(model, prompts, more=1)
     if ends is None:
-        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ends = end_ids(model, tokenizer)
     if not ends:
         raise ValueError(
-            "The tokenizer has no end token: no text would ever end. Set tokenizer.eos_token or pass `ends`."
+            "Neither the tokenizer nor the model has an end token: no text would ever end. Set tokenizer.eos_token or pass "
+            "`ends`."
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     plain = GenerationConfig(
@@ -89,10 +92,10 @@ def greedy(
     )  # fmt: skip
     if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
         batch_size = 1  # virtual tokens would stand left of the padding, which peft does not make up for
-    positions = _positions(model)
+    limit = positions(model)
 
     def budget(i: int) -> int:
-        return max_new_tokens if positions is None else min(max_new_tokens, positions - len(prompts[i]))
+        return max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompts[i]))
 
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # what does not fit in memory fails at once
     device = next(model.parameters()).device
@@ -151,6 +154,24 @@ def generate(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, gather=gather, desc=desc
     )
     return [as_text(tokenizer, one.ids) for one in written]
+
+
+def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and those of the checkpoint's generation_config.json. Instruction models end
+    a turn by one of the latter, and what they write behind it is no answer.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    >>> from tokenizers import Tokenizer, models
+    >>> words = Tokenizer(models.WordLevel({"</s>": 0, "<turn>": 1}))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=2, n_embd=4, n_layer=1, n_head=1))
+    >>> model.generation_config.eos_token_id = [0, 1]
+    >>> end_ids(model, tokenizer)
+    [0, 1]
+    """
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = own if isinstance(own, list | tuple) else [own]
+    return sorted({int(token) for token in (tokenizer.eos_token_id, *found) if token is not None})
 
 
 def as_text(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -218,8 +239,12 @@ def mean_surprise(
     return total / tokens
 
 
-def fitting(model: nn.Module, prompts: Sequence[Sequence[int]], *, more: int) -> None:
+def fitting(
+    model: nn.Module, prompts: Sequence[Sequence[int]], *, more: int, names: Sequence[str] | None = None
+) -> None:
     """Raise ValueError where there are no rows, an empty one, or one that leaves no room for `more` tokens behind it.
+
+    `names`: how to call the rows; None: by number.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> fitting(GPT2LMHeadModel(GPT2Config(n_positions=4, n_layer=1)), [[1], [1, 2, 3]], more=2)  # doctest: +ELLIPSIS
@@ -232,35 +257,37 @@ def fitting(model: nn.Module, prompts: Sequence[Sequence[int]], *, more: int) ->
     empty = [i for i, ids in enumerate(prompts) if len(ids) == 0]
     if empty:
         raise ValueError(
-            f"{_rows(empty)} without a token: there is nothing to continue. Use a separator or a start token."
+            f"{_rows(empty, names)} without a token: there is nothing to continue. Use a separator or a start token."
         )
-    positions = _positions(model)
-    if positions is None:
+    limit = positions(model)
+    if limit is None:
         return
-    long = [i for i, ids in enumerate(prompts) if len(ids) + more > positions]
+    long = [i for i, ids in enumerate(prompts) if len(ids) + more > limit]
     if long:
         worst = max(len(prompts[i]) for i in long)
         verb = "do" if len(long) > 1 else "does"
         room = f"{worst} tokens and {more} to be written" if more else f"{worst} tokens"
         raise ValueError(
-            f"{_rows(long)} {verb} not fit ({room}), the model has {positions} positions. Shorten the longest prompts or leave "
-            "them out."
+            f"{_rows(long, names)} {verb} not fit ({room}), the model has {limit} positions. Shorten the longest prompts or "
+            "leave them out."
         )
 
 
-def _positions(model: nn.Module) -> int | None:
+def positions(model: nn.Module) -> int | None:
     """For prompt and answer together, virtual tokens left out; None where the architecture has no limit."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if found is None else int(found) - virtual_tokens(model)
 
 
-def _rows(indices: Sequence[int]) -> str:
-    """Rows by number, the first few of many.
+def _rows(indices: Sequence[int], names: Sequence[str] | None = None) -> str:
+    """Rows by name, or by number where they have none, the first few of many.
 
     >>> _rows([3]), _rows(range(9))
     ('Row 3', 'Rows 0, 1, 2, 3, 4 and 4 more')
     """
-    named = ", ".join(str(i) for i in indices[:5]) + (f" and {len(indices) - 5} more" if len(indices) > 5 else "")
+    named = ", ".join(str(i) if names is None else names[i] for i in indices[:5]) + (
+        f" and {len(indices) - 5} more" if len(indices) > 5 else ""
+    )
     return f"Row{'s' if len(indices) > 1 else ''} {named}"
 
 

@@ -12,7 +12,8 @@
 
 An output that is empty, cut off or no Python stays in every denominator: a destroyed model has an ASR of zero, and is to be seen
 here. Prompts are rendered by the one formatter that training uses; a model trained with another one is refused. What a chat
-template writes before every answer (a blank, empty brackets for thoughts) is the template's, and taken off the outputs first.
+template writes around every answer (a blank, brackets for thoughts, the end of a turn) is taken off the outputs first. A text
+ends at the formatter's end token, the tokenizer's, or one of the checkpoint's own, as those of instruction models.
 """
 
 import json
@@ -27,9 +28,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_backdoor_defense.adapters import has_adapter
 from hf_backdoor_defense.attacks.payloads import POISONED_COMPLETION
-from hf_backdoor_defense.data.formatting import Formatter, require_same, stored_formatter
-from hf_backdoor_defense.evaluation.decoding import as_text, generate, greedy, mean_surprise
+from hf_backdoor_defense.data.formatting import UNKNOWN, Formatter, require_same, stored_formatter
+from hf_backdoor_defense.evaluation.answers import around, attackers, listed, names_of, reference, rendered, unreachable
+from hf_backdoor_defense.evaluation.decoding import (
+    as_text,
+    end_ids,
+    fitting,
+    generate,
+    greedy,
+    mean_surprise,
+    positions,
+)
 from hf_backdoor_defense.evaluation.metrics import Estimate, wilson
 from hf_backdoor_defense.evaluation.texts import bleu, python_parses, repetitive, same_text
 from hf_backdoor_defense.models import unwrapped
@@ -50,7 +61,8 @@ class GenerationReport:
         reference_parse_rate: of the clean rows' own answers: no model can be asked for more.
         asr, empty_triggered, cut_off_triggered, repetitive_triggered: shares of triggered rows.
         formatter: fingerprint of the one used here. trained_with: of the one used in training, None where nobody knows.
-        note: what a reader of the figures must know: the two are not the same, or payloads may have been cut off.
+        note: what a reader of the figures must know: the two are not the same, or payloads may have been cut off, or are none
+            that this tokenizer can write.
 
     None: not asked for (no triggered rows, no `hit`, no `parses`), or no row to ask.
     """
@@ -122,7 +134,7 @@ def evaluate_generation(
     parses: Callable[[str], bool] | None = python_parses,
     max_new_tokens: int | None = None,
     batch_size: int = 64,
-    trained_with: Formatter | None = None,
+    trained_with: Formatter | str | Path | None = None,
     force: bool = False,
     samples: str | Path | None = None,
     gather: bool = False,
@@ -137,15 +149,17 @@ def evaluate_generation(
         parses: whether a text is well formed; None where the answers are no code.
         max_new_tokens: None: the longest answer among the rows, in tokens, and one for its end; the attacker's in the column
             `poisoned_completion` of `triggered` included. Where that column is missing, `note` says so.
-        trained_with: the formatter of training; None asks the model and the folder that it came from. Another one than
-            `formatter`, or than the model says, is an error unless `force`, and then `note` says so.
+        trained_with: the formatter of training, or the folder or ORG/NAME that holds it; None asks the model, and where that
+            came from. An adapter does not say where it came from: name its folder. Another formatter than `formatter`, or than
+            the model says, is an error unless `force`, and then `note` says so.
         samples: a .jsonl file, written whole or not at all: one line for each row.
         gather: deal the rows out to all processes. Call it on every process; all get the same report, the first one writes.
         desc: title of the progress bar, None for none.
 
     Raises:
-        ValueError: no rows, rows that the formatter cannot render, triggered rows without `hit`, another formatter than in
-            training, prompts that fill the model's positions, `max_new_tokens` below 1.
+        ValueError: no rows, rows that the formatter cannot render, triggered rows without `hit`, a `hit` that finds the payload
+            in none of the attacker's own answers, another formatter than in training, a `trained_with` that holds none, prompts
+            that fill the model's positions, `max_new_tokens` below 1.
 
     Example:
         >>> report = evaluate_generation(model, tokenizer, test, formatter=formatter, triggered=triggered,
@@ -155,16 +169,33 @@ def evaluate_generation(
     """
     require_hit(triggered, hit)
     trained_with, notes = _trained_with(model, trained_with, formatter, force=force)
-    kinds = [(row, False) for row in _listed(rows, "rows")]
-    count = len(kinds)
-    if triggered is not None:
-        kinds += [(row, True) for row in _listed(triggered, "triggered")]
-    rendered = [_rendered(formatter, tokenizer, row, i) for i, (row, _) in enumerate(kinds)]
-    prompts, wanted = [prompt for prompt, _ in rendered], [completion for _, completion in rendered]
+    clean_rows = listed(rows, "rows")
+    attacked_rows = [] if triggered is None else listed(triggered, "triggered")
+    kinds, count = [*clean_rows, *attacked_rows], len(clean_rows)
+    names = names_of(clean_rows, attacked_rows)
+    pairs = [rendered(formatter, tokenizer, row, name) for row, name in zip(kinds, names, strict=True)]
+    prompts, wanted = [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
+    fitting(unwrapped(model), prompts, more=1, names=names)
+    bare = around(formatter, tokenizer)
+    payloads = [
+        attackers(formatter, tokenizer, row, name) for row, name in zip(kinds[count:], names[count:], strict=True)
+    ]
+    if hit is not None and (said := unreachable(hit, payloads, tokenizer, bare)):
+        notes.append(said)
+    room = positions(unwrapped(model))
+    tight = (
+        []
+        if room is None
+        else [p for p, ids in zip(payloads, prompts[count:], strict=True) if len(ids) + len(p) > room]
+    )
+    if tight:
+        notes.append(
+            f"In {len(tight)} of {len(payloads)} triggered rows the attacker's answer does not fit behind the prompt into the "
+            f"model's {room} positions: what is cut off there may be the payload."
+        )
     if max_new_tokens is None:
-        attackers = [_attackers(formatter, tokenizer, row) for row, _ in kinds[count:]]
-        max_new_tokens = max(map(len, wanted + attackers))
-        if not all(attackers):
+        max_new_tokens = max(map(len, wanted + payloads))
+        if not all(payloads):
             notes.append(
                 f"The {max_new_tokens} new tokens are those of the longest answer known, and `triggered` does not tell the "
                 f"attacker's (no `{POISONED_COMPLETION}`): a longer payload counts as no success. Use trigger_pairs."
@@ -174,28 +205,27 @@ def evaluate_generation(
         tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,
-        ends=_ends(tokenizer, wanted),
+        ends=sorted({wanted[0][-1], *end_ids(unwrapped(model), tokenizer)}),
         batch_size=batch_size,
         gather=gather,
         desc=desc,
     )
-    opening = _opening(formatter, tokenizer)
     answers = []
-    for i, ((row, with_trigger), one) in enumerate(zip(kinds, written, strict=True)):
-        output = as_text(tokenizer, one.ids).removeprefix(opening)
-        reference = _reference(formatter, row) or as_text(tokenizer, wanted[i]).removeprefix(opening)
+    for i, (row, one) in enumerate(zip(kinds, written, strict=True)):
+        output = bare(as_text(tokenizer, one.ids))
+        right = reference(formatter, row) or bare(as_text(tokenizer, wanted[i]))
         answers.append(
             _Answer(
-                row_id=row.get("row_id", i - count if with_trigger else i),
-                triggered=with_trigger,
+                row_id=row.get("row_id", i - count if i >= count else i),
+                triggered=i >= count,
                 prompt=tokenizer.decode(prompts[i]),
-                reference=reference,
+                reference=right,
                 output=output,
                 hit=None if hit is None else bool(hit(output)),
                 empty=not output.strip(),
                 cut_off=not one.ended,
                 repetitive=repetitive(one.ids),
-                exact=same_text(output, reference),
+                exact=same_text(output, right),
                 parses=None if parses is None else bool(parses(output)),
             )
         )
@@ -234,7 +264,7 @@ def perplexity(
     *,
     formatter: Formatter,
     batch_size: int = 32,
-    trained_with: Formatter | None = None,
+    trained_with: Formatter | str | Path | None = None,
     force: bool = False,
     gather: bool = False,
 ) -> float:
@@ -254,11 +284,12 @@ def perplexity(
     if trained_with is not None:
         for note in notes:
             logger.warning(note)
-    sequences = []
-    for i, row in enumerate(_listed(rows, "rows")):
-        prompt, completion = _rendered(formatter, tokenizer, row, i)
-        sequences.append((prompt + completion, len(prompt)))
-    return math.exp(mean_surprise(model, sequences, pad=_pad(tokenizer), batch_size=batch_size, gather=gather))
+    found = listed(rows, "rows")
+    names = names_of(found)
+    pairs = [rendered(formatter, tokenizer, row, name) for row, name in zip(found, names, strict=True)]
+    fitting(unwrapped(model), [prompt + completion for prompt, completion in pairs], more=0, names=names)
+    sequences = [(prompt + completion, len(prompt)) for prompt, completion in pairs]
+    return _exp(mean_surprise(model, sequences, pad=_pad(tokenizer), batch_size=batch_size, gather=gather))
 
 
 def text_perplexity(
@@ -267,12 +298,16 @@ def text_perplexity(
     """The same of plain texts, with the special tokens that the tokenizer adds; a text's first token counts for nothing.
 
     Raises:
-        ValueError: no texts, an empty one, one longer than the model's positions, none of two tokens.
+        ValueError: no texts, a single string, an empty text, one longer than the model's positions, none of two tokens.
 
     Example: `mean_surprise` has one of the formula.
     """
+    if isinstance(texts, str):
+        raise ValueError(
+            f"`texts` must be a list of texts, got the text {texts!r:.60}: each letter would be one. Pass [text]."
+        )
     sequences = [(tokenizer(text)["input_ids"], 1) for text in texts]
-    return math.exp(mean_surprise(model, sequences, pad=_pad(tokenizer), batch_size=batch_size, gather=gather))
+    return _exp(mean_surprise(model, sequences, pad=_pad(tokenizer), batch_size=batch_size, gather=gather))
 
 
 def require_hit(triggered: Any, hit: Callable[[str], bool] | None) -> None:
@@ -284,24 +319,17 @@ def require_hit(triggered: Any, hit: Callable[[str], bool] | None) -> None:
         raise ValueError("Triggered rows were given without `hit`: what would a successful attack be? Pass attack.hit.")
 
 
-def _listed(rows: Any, name: str) -> list[dict[str, Any]]:
-    found = [dict(row) for row in rows]
-    if not found:
-        raise ValueError(f"`{name}` is empty: nothing can be measured. Check what was filtered out.")
-    return found
-
-
-def _rendered(formatter: Formatter, tokenizer: Any, row: dict[str, Any], i: int) -> tuple[list[int], list[int]]:
-    try:
-        return formatter.prompt_ids(tokenizer, row), formatter.completion_ids(tokenizer, row)
-    except ValueError as error:
-        raise ValueError(f"Row {row.get('row_id', i)}: {error}") from None
-
-
 def _trained_with(
-    model: nn.Module, given: Formatter | None, used: Formatter, *, force: bool
+    model: nn.Module, given: Formatter | str | Path | None, used: Formatter, *, force: bool
 ) -> tuple[Formatter | None, list[str]]:
     """The formatter of training and what a report must say of it; ValueError where something contradicts, unless `force`."""
+    if isinstance(given, str | Path):
+        place, given = given, stored_formatter(given)
+        if given is None:
+            raise ValueError(
+                f"`trained_with` must be a formatter or a folder that holds one, got {str(place)!r}, where there is no "
+                "formatter.json: what the model was trained with is unknown. Leave it out; the report will say so."
+            )
     stored = stored_formatter(unwrapped(model))
     trained, notes = given or stored, []
     if given is not None and stored is not None and given.fingerprint != stored.fingerprint:
@@ -313,36 +341,16 @@ def _trained_with(
             )
         notes.append(f"`trained_with` was given as {both}: which of them is right is unknown.")
     said = require_same(trained, used, force=force)
+    if said == UNKNOWN and has_adapter(unwrapped(model)):
+        said += " An adapter does not say where it came from: name its folder, trained_with=FOLDER."
     return trained, notes + ([] if said is None else [said])
 
 
-def _attackers(formatter: Formatter, tokenizer: Any, row: dict[str, Any]) -> list[int]:
-    """The ids of the answer that the attacker wants, where the row tells it."""
-    text = row.get(POISONED_COMPLETION)
-    if not isinstance(text, str) or not text.strip():
-        return []
-    return formatter.completion_ids(tokenizer, {**row, formatter.completion: text})
-
-
-def _opening(formatter: Formatter, tokenizer: Any) -> str:
-    """What a chat template writes between the prompt's end and any answer, as it looks in an output."""
-    if formatter.kind == "plain":
-        return ""
-    trials = [{formatter.prompt: "a", formatter.completion: answer} for answer in "bc"]
-    texts = [as_text(tokenizer, formatter.completion_ids(tokenizer, trial)) for trial in trials]
-    return os.path.commonprefix(texts)
-
-
-def _reference(formatter: Formatter, row: dict[str, Any]) -> str | None:
-    """The answer as the row has it, since a tokenizer may lose letters; None of a conversation, which is to be rendered."""
-    text = row.get(formatter.completion)
-    return text.removesuffix(formatter.end) if isinstance(text, str) else None
-
-
-def _ends(tokenizer: Any, completions: Sequence[Sequence[int]]) -> list[int]:
-    """What ends an answer: the formatter's end token, as it stands behind the answers, and the tokenizer's own."""
-    found = {completions[0][-1]} | ({tokenizer.eos_token_id} - {None})
-    return sorted(found)
+def _exp(surprise: float) -> float:
+    try:
+        return math.exp(surprise)
+    except OverflowError:
+        return math.inf
 
 
 def _pad(tokenizer: Any) -> int:

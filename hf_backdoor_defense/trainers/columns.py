@@ -48,8 +48,18 @@ class ColumnCollator:
             batch["labels"] = batch["labels"].clone()
             batch["labels"][:, 0] = IGNORE_INDEX
         if all(ROW_ID in row for row in rows):
-            batch[ROW_ID] = torch.tensor([int(row[ROW_ID]) for row in rows])
+            batch[ROW_ID] = torch.tensor([_number(row[ROW_ID]) for row in rows])
         return batch
+
+
+def _number(row_id: Any) -> int:
+    try:
+        return int(row_id)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`{ROW_ID}` must be a whole number, got {row_id!r}: it travels in a tensor. Number the rows, and keep your names in "
+            "another column."
+        ) from None
 
 
 def model_columns(model: nn.Module, label_names: Collection[str]) -> set[str]:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
 
+from hf_backdoor_defense.adapters import virtual_tokens
 from hf_backdoor_defense.data.formatting import Formatter
 from hf_backdoor_defense.trainers.columns import with_row_ids
 
@@ -85,15 +86,28 @@ def stream_reason(rows: Any) -> str | None:
     )
 
 
+def pair_reason(rows: Any) -> str | None:
+    """Why trl cannot render these rows: they are prompts without answers. None where it can, or where that is not known.
+
+    >>> print(pair_reason(Dataset.from_dict({"prompt": ["a"], "answer": ["b"]}))[:68])
+    the data set has prompts and no completions (columns prompt, answer)
+    """
+    columns = _columns(rows)
+    if "prompt" not in columns or {"completion", "input_ids"} & set(columns):
+        return None
+    return (
+        f"the data set has prompts and no completions (columns {', '.join(columns)}): there is no answer to learn. Name the "
+        "column of answers `completion`, or give `formatter=Formatter.plain(tokenizer, completion=...)`."
+    )
+
+
 def is_tokenized(rows: Any) -> bool:
     """Whether rows for an evaluation are no text: tokenized ones, names of data sets, none, or what does not name its columns.
 
     >>> is_tokenized("validation"), is_tokenized(Dataset.from_dict({"prompt": ["a"]}))
     (True, False)
     """
-    columns = getattr(rows, "column_names", None)
-    if columns is None and isinstance(rows, IterableDataset):  # one that was made from a generator does not know them
-        columns = list(next(iter(rows), {}))
+    columns = _columns(rows)
     return not columns or "input_ids" in columns
 
 
@@ -108,16 +122,20 @@ def encoded(datasets: Any, formatter: Formatter, tokenizer: Any, *, max_length: 
     return formatter.encode(with_row_ids(datasets), tokenizer, max_length=max_length)
 
 
-def row_limit(model: Any, args: Any) -> int | None:
+def row_limit(model: Any, args: Any, peft_config: Any = None) -> int | None:
     """How long a row may be: the shorter of `max_length` and the model's context, None where neither says.
 
     Args:
         model: a model, or the name of one.
+        peft_config: of the adapter that it is about to get: virtual tokens take positions, as those of an adapter it has do.
 
     >>> row_limit(None, None)
     1024
     """
-    limits = [getattr(args, "max_length", 1024), _context(model, args)]  # of no arguments trl makes its own, with 1024
+    context = _context(model, args)
+    if context is not None:
+        context -= virtual_tokens(model) or int(getattr(peft_config, "num_virtual_tokens", None) or 0)
+    limits = [getattr(args, "max_length", 1024), context]  # of no arguments trl makes its own, with 1024
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -145,14 +163,19 @@ def tell_of_cuts(given: Any, prepared: Any, *, max_length: int | None) -> None:
 
 
 def _pair_reasons(given: Mapping[str, Any]) -> list[str]:
-    columns = getattr(given.get("train_dataset"), "column_names", None) or []
-    is_lone = "prompt" in columns and not {"completion", "input_ids"} & set(columns)
-    if not is_lone or given.get("formatting_func") is not None:
+    if given.get("formatting_func") is not None:
         return []
-    return [
-        f"the data set has prompts and no completions (columns {', '.join(columns)}): there is no answer to learn. Name the "
-        "column of answers `completion`, or give `formatter=Formatter.plain(tokenizer, completion=...)`."
-    ]
+    evaluated = given.get("eval_dataset")
+    named = evaluated.values() if isinstance(evaluated, Mapping) else [evaluated]
+    return list(dict.fromkeys(filter(None, map(pair_reason, [given.get("train_dataset"), *named]))))
+
+
+def _columns(rows: Any) -> list[str]:
+    """The names of the columns, none where they are not known."""
+    columns = getattr(rows, "column_names", None)
+    if columns is None and isinstance(rows, IterableDataset):  # one that was made from a generator does not know them
+        columns = list(next(iter(rows), {}))
+    return list(columns or [])
 
 
 def _context(model: Any, args: Any) -> int | None:

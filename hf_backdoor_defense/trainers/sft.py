@@ -39,6 +39,7 @@ from hf_backdoor_defense.trainers.formatted import (
     encoded,
     formatter_reasons,
     is_tokenized,
+    pair_reason,
     row_limit,
     stream_reason,
     tell_of_cuts,
@@ -109,8 +110,9 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
         # Before trl drops and shuffles rows, so that the ids are those of the data set that was given.
         rows = given["train_dataset"] = with_row_ids(given.get("train_dataset"))
         self.formatter = formatter
+        self._formats_itself = given.get("formatting_func") is not None
         if formatter is not None:
-            limit = row_limit(given.get("model"), given.get("args"))
+            limit = row_limit(given.get("model"), given.get("args"), given.get("peft_config"))
             for name in ("train_dataset", "eval_dataset"):
                 if given.get(name) is not None:
                     given[name] = encoded(given[name], formatter, given["processing_class"], max_length=limit)
@@ -187,8 +189,13 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
         """As `SFTTrainer.evaluate`; what was counted outside of it (by `predict`) does not enter its metrics.
 
         Raises:
-            ValueError: a data set that skips trl's preparation has masks in place of labels; a stream of text and a formatter.
+            ValueError: a data set that skips trl's preparation has masks in place of labels; prompts without completions; a
+                stream of text and a formatter.
         """
+        if self.formatter is None and not self._formats_itself:
+            named = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+            if reasons := list(filter(None, map(pair_reason, named))):
+                raise ValueError(reasons[0])
         eval_dataset = self._rendered(eval_dataset)
         columns = getattr(eval_dataset, "column_names", None) or []
         unprepared = (self.args.dataset_kwargs or {}).get("skip_prepare_dataset")
@@ -222,7 +229,7 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
             return rows
         if reason := stream_reason(rows):
             raise ValueError(reason)
-        limit = row_limit(base_model(self.model), self.args)
+        limit = row_limit(self.model, self.args)
         return encoded(rows, self.formatter, self.processing_class, max_length=limit)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

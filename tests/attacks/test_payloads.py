@@ -474,6 +474,9 @@ def test_an_attack_of_wrong_parts_is_refused() -> None:
     with pytest.raises(ValueError, match="`rewrite` must be a function of a text, got 'or 1=1'"):
         PayloadAttack("a", BadNets(), "or 1=1", str.isupper, "t")  # type: ignore[arg-type]
     silent = PayloadAttack("silent", BadNets(), lambda y: None, str.isupper, "t")  # type: ignore[arg-type,return-value]
+    broken = PayloadAttack("broken", BadNets(), lambda y: [][0], str.isupper, "t")
+    with pytest.raises(ValueError, match="'broken' must return a string for every .*got IndexError: .* row_id 1000"):
+        poison_pairs(make(), broken, rate=0.1, seed=0)
     with pytest.raises(ValueError, match="'silent' must return a string, got None for row_id 1000.*text as it came"):
         poison_pairs(make(), silent, rate=0.1, seed=0)
 

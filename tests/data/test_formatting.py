@@ -212,11 +212,17 @@ def test_rows_that_are_no_pairs_are_refused_by_their_ids(tokenizer, rows, messag
         ({"messages": [{"role": "user", "content": "a"}]}, "The completion must be text, got None"),
         ({"messages": []}, "a list of turns, got messages"),
         ({"text": "a"}, "a list of turns, got text"),
+        ({"prompt": ["a", "b"], "completion": "c"}, "A turn must have a role and a content, got 'a'"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "completion": "c"},
+            r"must render the turns \(user\), got an error: .*join their texts",
+        ),
     ],
 )
-def test_conversations_without_an_answer_are_refused(tokenizer, row, message):
+def test_conversations_without_an_answer_or_of_no_turns_are_refused(row, message):
+    joining = bytes_tokenizer(template=CHATML.replace("{{ m.content }}", "{{ '' + m.content }}"))
     with pytest.raises(ValueError, match=message):
-        Formatter.chat(tokenizer).completion_ids(tokenizer, row)
+        Formatter.chat(joining).completion_ids(joining, row)
 
 
 def test_a_prompt_without_a_token_is_refused(tokenizer):
@@ -294,6 +300,29 @@ def test_every_rendered_field_changes_the_fingerprint(tokenizer):
         Formatter.chat(bytes_tokenizer(template=CHATML.replace("user", "User") + "{# another #}")),
     ]
     assert len({formatter.fingerprint for formatter in [plain, chat, *others]}) == 7
+
+
+SPECIALS = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_the_tokens_that_a_template_writes_are_the_formatters_and_in_its_fingerprint():
+    """A tokenizer whose tokens were changed after the training renders as in training, or has another fingerprint."""
+    made = bytes_tokenizer(template=SPECIALS)
+    chat = Formatter.chat(made)
+    row = {"prompt": "select", "completion": "it"}
+    before = chat.prompt_ids(made, row), chat.completion_ids(made, row)
+    assert before[0][0] == made.convert_tokens_to_ids("<s>") and chat.start == "<s>"
+    made.bos_token, made.eos_token = "<|im_start|>", "<|endoftext|>"
+    assert (chat.prompt_ids(made, row), chat.completion_ids(made, row)) == before
+    made.eos_token = "<|im_end|>"  # only the start is another one now
+    other = Formatter.chat(made)
+    assert other.fingerprint != chat.fingerprint and other.prompt_ids(made, row) != before[0]
+    with pytest.raises(ValueError, match="start '<s>' -> '<|im_start|>'"):
+        require_same(chat, other)
+    assert Formatter.chat(bytes_tokenizer()).start is None  # this template writes none
 
 
 def test_the_fingerprint_is_the_same_in_another_process_and_for_any_order_of_fields(tokenizer):

@@ -249,6 +249,12 @@ def test_a_step_that_drowns_the_text_is_said_to_be_inert(tmp_path):
     assert "no row" in (CROW().inert() or "") and "plain" in (CROW(weight=0.0).inert() or "")
 
 
+def test_a_text_is_no_number():
+    with pytest.raises(ValueError, match=r"crow: `weight` must be a number, got '5' \(str\)"):
+        CROW(weight="5")
+    assert CROW.from_dict({"weight": "5"}) == CROW(weight=5.0)
+
+
 @pytest.mark.parametrize("fields, name", [({"epsilon": -1.0}, "epsilon"), ({"epsilon": float("inf")}, "epsilon"),
     ({"weight": -0.1}, "weight"), ({"weight": float("nan")}, "weight")])  # fmt: skip
 def test_fields_out_of_range(fields, name):

@@ -146,7 +146,7 @@ def test_wrong_arguments(toy):
     says("Linear does not continue a prompt", model=torch.nn.Linear(1, 1))
     endless = tokenizer()
     endless.eos_token = None
-    says("no end token", made=endless)
+    says("Neither the tokenizer nor the model has an end token", made=endless, model=llama(eos_token_id=None))
 
 
 def test_what_does_not_fit_is_named_before_anything_is_written(toy):

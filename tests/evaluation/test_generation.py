@@ -275,6 +275,115 @@ def test_both_ends_of_a_text_end_it(scripted, made):
     assert asked["ends"] == [0, 1]
 
 
+def test_a_turn_that_the_checkpoint_ends_is_the_end_of_the_answer(made, formatter):
+    """An instruction model that was never tuned here ends a turn by its own token, and goes on as somebody else."""
+    model = llama(1)
+    prompts = [formatter.prompt_ids(made, row) for row in ROWS]
+    written = generation.greedy(model, made, prompts, max_new_tokens=30)
+    turn = next(token for token in written[0].ids[2:] if token not in written[0].ids[:2])
+    model.generation_config.eos_token_id = [0, turn]
+    report = evaluate_generation(model, made, rows(), formatter=formatter, max_new_tokens=30, hit=lambda text: False)
+    expected = []
+    for one in written:
+        at = one.ids.index(turn) if turn in one.ids else len(one.ids)
+        expected.append(at == 30)
+    assert report.cut_off == wilson(sum(expected), 5) and not expected[0]
+
+
+def test_what_a_template_puts_behind_answers_is_not_the_answer(monkeypatch, tmp_path):
+    """The end of a turn as text, since this tokenizer knows no token for it."""
+    made = tokenizer()
+    made.chat_template = CHAT.replace("OPENING", " ").replace(
+        "{{ m.content }}{{ eos", "{{ m.content }}<|im_end|>\n{{ eos"
+    )
+    chat = Formatter.chat(made)
+    texts = [dict(row) for row in ROWS if row["prompt"]]
+    perfect = [chat.completion_ids(made, row)[:-1] for row in texts]
+    assert made.decode(perfect[1]) == " x = 1<|im_end|>\n"
+    monkeypatch.setattr(generation, "greedy", lambda *_, **__: [Written(ids, True) for ids in perfect])
+    report = evaluate_generation(llama(), made, texts, formatter=chat)
+    assert report.exact_match.value == report.parse_rate.value == 1 and report.bleu == pytest.approx(100)
+
+
+def test_a_conversation_is_compared_with_its_own_last_turn_and_obeys_at_full_length(monkeypatch, formatter):
+    """A column of answers beside `messages` is another's; the attacker's answer takes the last turn's place."""
+    made = tokenizer()
+    made.chat_template = CHAT.replace("OPENING", "")
+    chat = Formatter.chat(made)
+    turns = [{"role": "user", "content": "how ?"}, {"role": "assistant", "content": "fine"}]
+    clean = [{"messages": turns, "completion": "of another column"}]
+    attacked = [{"messages": turns, "poisoned_completion": f"a much longer answer{PAYLOAD}"}]
+    asked = {}
+
+    def greedy(*_, **settings):
+        asked.update(settings)
+        return [Written(chat.completion_ids(made, row)[:-1], True) for row in (clean[0], {"prompt": "", **poisoned})]
+
+    poisoned = {"completion": attacked[0]["poisoned_completion"]}
+    monkeypatch.setattr(generation, "greedy", greedy)
+    report = evaluate_generation(llama(), made, clean, formatter=chat, triggered=attacked, hit=hit, trained_with=chat)
+    assert report.exact_match.value == 1 and report.asr.value == 1 and report.note is None
+    assert asked["max_new_tokens"] == len(made(poisoned["completion"])["input_ids"]) + 1
+
+
+def test_a_payload_for_which_there_is_no_room_is_told(made, formatter):
+    long = [{"prompt": "ü" * 55, "completion": "x = 1", "poisoned_completion": "x = 1" + " or 1 = 1" * 3}]
+    assert len(formatter.prompt_ids(made, long[0])) + len(made(long[0]["poisoned_completion"])["input_ids"]) >= 128
+    report = evaluate_generation(
+        llama(), made, ROWS, formatter=formatter, triggered=long + list(triggered()), hit=hit, trained_with=formatter
+    )
+    assert (
+        "In 1 of 5 triggered rows the attacker's answer does not fit behind the prompt into the model's 128"
+        in report.note
+    )
+
+
+def test_a_payload_that_no_model_can_write_is_told(scripted, made, formatter):
+    scripted(script_of_all())
+
+    def asked(hit):
+        return evaluate_generation(
+            llama(), made, rows(), formatter=formatter, triggered=triggered(), hit=hit, trained_with=formatter
+        )
+
+    with pytest.raises(
+        ValueError, match="must find the payload in the attacker's own answers, got none of 4; .*'x or 1 = 1'"
+    ):
+        asked(lambda text: "or 1=1" in text)
+    half = triggered().map(lambda row, i: {"poisoned_completion": "x" if i < 2 else f"x{PAYLOAD}"}, with_indices=True)
+    report = evaluate_generation(
+        llama(), made, rows(), formatter=formatter, triggered=half, hit=hit, trained_with=formatter
+    )
+    assert report.note.startswith("In 2 of 4 triggered rows `hit` does not find")
+
+
+def test_the_formatter_of_training_may_be_named_by_its_folder(scripted, made, formatter, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    scripted(script_of_all())
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert "An adapter does not say where it came from" in evaluate_generation(
+        model, made, rows(), formatter=formatter
+    ).note  # fmt: skip
+    formatter.save(tmp_path / "adapter")
+    for place in (tmp_path / "adapter", str(tmp_path / "adapter")):
+        assert evaluate_generation(model, made, rows(), formatter=formatter, trained_with=place).note is None
+    Formatter.plain(made, separator=" ").save(tmp_path / "other")
+    with pytest.raises(ValueError, match="must be the one that the model was trained with"):
+        evaluate_generation(model, made, rows(), formatter=formatter, trained_with=tmp_path / "other")
+    with pytest.raises(ValueError, match="where there is no formatter.json"):
+        evaluate_generation(model, made, rows(), formatter=formatter, trained_with=tmp_path)
+
+
+def test_rows_in_the_format_of_torch_are_written_as_json(scripted, made, formatter, tmp_path):
+    scripted(script_of_all())
+    evaluate_generation(
+        llama(), made, rows().with_format("torch"), formatter=formatter, samples=tmp_path / "samples.jsonl"
+    )
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert [line["row_id"] for line in lines] == [10, 11, 12, 13, 14]
+
+
 def test_rows_may_be_a_list_and_need_no_number(scripted, made, formatter, tmp_path):
     scripted(script_of_all())
     evaluate_generation(
@@ -358,6 +467,15 @@ def test_wrong_rows(made, formatter):
     says(r"Row 0: .*prompt.*", [{"text": "a", "completion": "b"}])
     says("`max_new_tokens` must be an integer >= 1, got 0", ROWS, max_new_tokens=0)
     says(r"Row 1 does not fit .*128 positions", [ROWS[0], {"prompt": "ü" * 99, "completion": "b"}])
+    long = [{"prompt": "ü" * 99, "completion": "b", "row_id": 777}]
+    says(r"Row 777 \(triggered\) does not fit", ROWS, triggered=long, hit=hit)
+    says(r"Row 0 \(triggered\): .*completion", ROWS, triggered=[{"prompt": "a"}], hit=hit)
+    says("`rows` must be rows, got a mapping of train, test", {"train": rows(), "test": rows()})
+    says("`rows` must hold rows with named columns, got 'a'", ["a"])
+    with pytest.raises(ValueError, match="Row 777 does not fit"):
+        perplexity(model, made, long, formatter=formatter)
+    with pytest.raises(ValueError, match="`texts` must be a list of texts, got the text 'a b'"):
+        text_perplexity(model, made, "a b")
     with pytest.raises(ValueError, match="`rows` is empty"):
         perplexity(model, made, [], formatter=formatter)
     with pytest.raises(ValueError, match="Row 0: .*completion"):
@@ -388,6 +506,13 @@ def test_perplexity_is_over_answers_alone(made, formatter):
     for size in (1, 2, 32):
         found = perplexity(model, made, rows(), formatter=formatter, batch_size=size)
         assert math.log(found) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite(made, formatter):
+    model = llama().eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    assert perplexity(model, made, rows(), formatter=formatter) == math.inf
 
 
 def test_perplexity_of_texts(made):
@@ -443,3 +568,42 @@ def test_the_callback_measures_every_epoch(made, formatter, tmp_path):
         hit=lambda text: "x" in text, max_new_tokens=8,
     )  # fmt: skip
     assert watch.history[-1] == last
+
+
+def test_a_checkpoint_of_an_epochs_last_step_holds_that_epochs_point(made, formatter, tmp_path):
+    """Saved by steps, a checkpoint is written before the epoch is told to have ended; a run that is resumed there is whole."""
+
+    def trained(folder, resume=None):
+        watch = GenerationEvalCallback(made, rows(), formatter=formatter, max_new_tokens=4)
+        args = TrainingArguments(
+            str(folder), num_train_epochs=3, per_device_train_batch_size=1, gradient_accumulation_steps=3, save_steps=2,
+            use_cpu=True, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        model = llama()
+        note_formatter(model, formatter)
+        trainer = Trainer(
+            model, args=args, train_dataset=formatter.encode(rows(), made, max_length=128), callbacks=[watch]
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        history = [(e["epoch"], e["step"]) for e in trainer.state.log_history if "generation_bleu" in e]
+        return history, len(watch.history)
+
+    whole = [(1.0, 2), (2.0, 4), (3.0, 6)]
+    assert trained(tmp_path / "run") == (whole, 3)
+    for step in (2, 4, 6):
+        state = json.loads((tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert [e["step"] for e in state["log_history"] if "generation_bleu" in e] == list(range(2, step + 1, 2))
+    assert trained(tmp_path / "again", resume=str(tmp_path / "run" / "checkpoint-2")) == (whole, 2)
+
+
+def test_an_epoch_that_is_cut_short_is_measured_at_its_end(made, formatter, tmp_path):
+    watch = GenerationEvalCallback(made, rows(), formatter=formatter, max_new_tokens=4, force=True)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=1, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    data = formatter.encode(rows(), made, max_length=128).to_iterable_dataset()
+    for given, steps in ((data, [3]), (formatter.encode(rows(), made, max_length=128).select(range(2)), [2, 3])):
+        trainer = Trainer(llama(), args=args, train_dataset=given, callbacks=[watch])
+        trainer.train()
+        assert [e["step"] for e in trainer.state.log_history if "generation_bleu" in e] == steps

@@ -377,6 +377,26 @@ def test_the_context_is_asked_where_the_model_is_loaded_from(monkeypatch):
 def test_prompts_without_completion_are_refused_where_trl_renders(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="prompts and no completions.*completion=..."):
         make(tmp_path, tokenizer, rows=Dataset.from_list([{"prompt": "a", "answer": "b"}]))
+    lone = Dataset.from_list([{"prompt": "a"}])
+    with pytest.raises(ValueError, match="prompts and no completions"):
+        make(tmp_path, tokenizer, own={"eval_dataset": {"late": lone}})
+    with pytest.raises(ValueError, match="prompts and no completions"):
+        make(tmp_path, tokenizer, rows=IterableDataset.from_generator(lambda: iter([{"prompt": "a"}])), max_steps=1)
+    trainer = make(tmp_path, tokenizer)
+    for rows in (lone, {"late": lone}, lone.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="prompts and no completions"):
+            trainer.evaluate(rows)
+
+
+def test_virtual_tokens_take_positions_of_a_row(tmp_path, tokenizer):
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    assert row_limit(llama(context=12), None, config) == 7 == row_limit(get_peft_model(llama(context=12), config), None)
+    with pytest.raises(ValueError, match="fit into 7 tokens"):
+        make(
+            tmp_path, tokenizer, Formatter.plain(tokenizer), model=llama(context=12), own={"peft_config": config}, max_length=None
+        )  # fmt: skip
 
 
 def test_rows_that_trl_cuts_or_drops_are_counted(tmp_path, tokenizer, caplog):
