@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nhfbd: stopped. The same command continues the run.", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"hfbd: {error}", file=sys.stderr)
         return 2
@@ -111,8 +113,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """Console script."""
-    sys.exit(main())
+    """Console script. Where the reader of its output went away (`| head`), it ends quietly, with the code of shells for that."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more on its way out
+        code = 141
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -202,3 +202,11 @@ def test_what_is_off_follows_from_devices_packages_and_flags():
 @pytest.mark.parametrize(("value", "is_off"), [("1", True), ("true", True), ("0", False), ("", False), (None, False)])
 def test_an_offline_flag_that_is_set_is_said(value, is_off):
     assert ("downloads by Hub id" in reasons(flags={"HF_HUB_OFFLINE": value}, cuda=1)) == is_off
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """As `hfbd list | head -1`: the pipe is closed before anything is read."""
+    command = [sys.executable, "-c", "from hf_backdoor_defense.cli.main import entry; entry()", "list"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait() == 141
