@@ -255,7 +255,7 @@ def run_cell(cell: Cell, seed: int, folder: Path) -> tuple[list[Record], str]:
             for m in ("bleu", "exact_match", "parse_rate", "asr", "untriggered_hits", "seconds")
         )
         + "; asr by epoch "
-        + " ".join(f"{v:.2f}" for (d, s, m), v in values.items() if d == name and "epoch=" in s)
+        + " ".join(f"{v:.2f}" for (d, s, m), v in values.items() if (d, m) == (name, "asr") and "epoch=" in s)
         for name in dict.fromkeys(r.defense for r in records)
     ]
     if cell.setting == "clean":
