@@ -39,7 +39,9 @@ def formatter_reasons(given: Mapping[str, Any], formatter: Formatter | None) -> 
 the formatter was made with.
     """
     if formatter is None:
-        return _pair_reasons(given)
+        return (
+            [] if given.get("formatting_func") else pair_reasons(given.get("train_dataset"), given.get("eval_dataset"))
+        )
     if not isinstance(formatter, Formatter):
         return [f"`formatter` must be a Formatter, got {formatter!r}. For example Formatter.plain(tokenizer)."]
     args, reasons = given.get("args"), []
@@ -48,9 +50,9 @@ the formatter was made with.
             "`formatter` was given without `processing_class`: rows are rendered before a model is loaded. Pass the tokenizer "
             "that the formatter was made with."
         )
-    evaluated = given.get("eval_dataset")
-    named = evaluated.values() if isinstance(evaluated, Mapping) else [evaluated]
-    reasons += dict.fromkeys(filter(None, map(stream_reason, [given.get("train_dataset"), *named])))
+    reasons += dict.fromkeys(
+        filter(None, map(stream_reason, _each(given.get("train_dataset"), given.get("eval_dataset"))))
+    )
     other_end = getattr(args, "eos_token", None) not in (None, formatter.end)
     ruled_out = {
         "formatting_func": given.get("formatting_func") is not None,
@@ -86,19 +88,18 @@ def stream_reason(rows: Any) -> str | None:
     )
 
 
-def pair_reason(rows: Any) -> str | None:
-    """Why trl cannot render these rows: they are prompts without answers. None where it can, or where that is not known.
+def pair_reasons(*datasets: Any) -> list[str]:
+    """Why trl cannot render data sets, one alone or several by name: prompts without answers. None where that is not known.
 
-    >>> print(pair_reason(Dataset.from_dict({"prompt": ["a"], "answer": ["b"]}))[:68])
+    >>> print(pair_reasons(Dataset.from_dict({"prompt": ["a"], "answer": ["b"]}))[0][:68])
     the data set has prompts and no completions (columns prompt, answer)
     """
-    columns = _columns(rows)
-    if "prompt" not in columns or {"completion", "input_ids"} & set(columns):
-        return None
-    return (
-        f"the data set has prompts and no completions (columns {', '.join(columns)}): there is no answer to learn. Name the "
+    lone = [c for c in map(_columns, _each(*datasets)) if "prompt" in c and not {"completion", "input_ids"} & set(c)]
+    return [
+        f"the data set has prompts and no completions (columns {columns}): there is no answer to learn. Name the "
         "column of answers `completion`, or give `formatter=Formatter.plain(tokenizer, completion=...)`."
-    )
+        for columns in dict.fromkeys(map(", ".join, lone))
+    ]
 
 
 def is_tokenized(rows: Any) -> bool:
@@ -162,12 +163,9 @@ def tell_of_cuts(given: Any, prepared: Any, *, max_length: int | None) -> None:
         )
 
 
-def _pair_reasons(given: Mapping[str, Any]) -> list[str]:
-    if given.get("formatting_func") is not None:
-        return []
-    evaluated = given.get("eval_dataset")
-    named = evaluated.values() if isinstance(evaluated, Mapping) else [evaluated]
-    return list(dict.fromkeys(filter(None, map(pair_reason, [given.get("train_dataset"), *named]))))
+def _each(*datasets: Any) -> list[Any]:
+    """The data sets, and those that are given by name one by one."""
+    return [one for rows in datasets for one in (rows.values() if isinstance(rows, Mapping) else [rows])]
 
 
 def _columns(rows: Any) -> list[str]:

@@ -39,7 +39,7 @@ from hf_backdoor_defense.trainers.formatted import (
     encoded,
     formatter_reasons,
     is_tokenized,
-    pair_reason,
+    pair_reasons,
     row_limit,
     stream_reason,
     tell_of_cuts,
@@ -192,10 +192,8 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
             ValueError: a data set that skips trl's preparation has masks in place of labels; prompts without completions; a
                 stream of text and a formatter.
         """
-        if self.formatter is None and not self._formats_itself:
-            named = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
-            if reasons := list(filter(None, map(pair_reason, named))):
-                raise ValueError(reasons[0])
+        if self.formatter is None and not self._formats_itself and (reasons := pair_reasons(eval_dataset)):
+            raise ValueError(reasons[0])
         eval_dataset = self._rendered(eval_dataset)
         columns = getattr(eval_dataset, "column_names", None) or []
         unprepared = (self.args.dataset_kwargs or {}).get("skip_prepare_dataset")
