@@ -416,3 +416,9 @@ def test_rows_that_trl_cuts_or_drops_are_counted(tmp_path, tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         make(tmp_path, tokenizer, max_length=max(lengths) + 1)
     assert "fill it" not in caplog.text
+
+
+def test_a_row_id_that_is_no_number_is_refused_in_words(tmp_path, tokenizer):
+    rows = pairs().map(lambda row, i: {"row_id": f"a{i}"}, with_indices=True)
+    with pytest.raises(ValueError, match="`row_id` must be a whole number, got 'a"):
+        make(tmp_path, tokenizer, Formatter.plain(tokenizer), rows=rows).train()
